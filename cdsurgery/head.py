@@ -1,0 +1,181 @@
+"""A causal LM's forward -> the same forward with the logits of its most confident near-final layer.
+
+The whole way from a tensor to its logits is `ConfidentHead.forward`: run the model as it is and note the states of the
+K layers before the last, send them through the model's own tail, measure, scan back to the trough, and return both
+the final and the selected logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import slice_logits_to_keep
+
+from cdsurgery.anatomy import Anatomy, tail_logits
+from cdsurgery.config import ConfidentConfig
+from cdsurgery.draw import allowed_rows, text_positions
+from cdsurgery.entropy import MEASURES
+from cdsurgery.errors import SurgeryError
+from cdsurgery.output import ConfidentOutput, confident_output
+from cdsurgery.taps import Taps
+from cdsurgery.trough import select
+
+
+class ConfidentHead(nn.Module):
+    """What a wrapped model is, beside being an instance of its own class.
+
+    `wrap` puts this class before the model's own one; parameters, `state_dict`, `generate` and all else stay.
+
+    Attributes:
+        confident: the options in force; `confident.lookback` is K for this model's depth.
+        anatomy: the parts found and proven.
+    """
+
+    confident: ConfidentConfig
+    anatomy: Anatomy
+    _taps: Taps
+    _placed_forward: Callable[..., Any] | None
+    _argument_names: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> ConfidentOutput | tuple[Any, ...]:
+        """The model's own forward, with the same arguments.
+
+        `logits_to_keep` cuts rows before anything is normed or projected. `labels` give the model's own loss with its
+        cross-entropy taken on the selected logits.
+
+        Returns:
+            A `ConfidentOutput`, or its tuple with `return_dict=False`.
+        """
+        inputs = dict(zip(self._argument_names[: len(args)], args, strict=True)) | kwargs
+        as_dict = inputs.pop("return_dict", None)
+        if as_dict is None:
+            as_dict = getattr(self.config, "return_dict", True)
+        output = self._plain_output(inputs) if self.confident.probability == 0 else self._confident_output(inputs)
+        return output if as_dict else output.to_tuple()
+
+    def _confident_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
+        keep = inputs.get("logits_to_keep", 0)
+        allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
+        with self._taps.reading(keep) as states:
+            plain = self._plain_forward(**inputs)
+            # With a device_map the layers, the tail and the logits may each live elsewhere.
+            stacked = torch.stack([state.to(states[0].device) for state in states])
+            earlier = tail_logits(cast(PreTrainedModel, self), self.anatomy, stacked)
+        candidates = torch.cat([plain.logits[None], earlier.to(plain.logits.device)])
+        logits, depth, entropy = select(candidates, MEASURES[self.confident.measure], allowed)
+        return confident_output(
+            plain,
+            logits=logits,
+            final_logits=plain.logits,
+            selected_layer=len(self.anatomy.layers) - depth,
+            entropy=entropy,
+            **self._moved_loss(plain, logits, inputs),
+        )
+
+    def _plain_forward(self, **inputs: Any) -> Any:
+        return (self._placed_forward or super().forward)(**inputs, return_dict=True)
+
+    def _plain_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
+        plain = self._plain_forward(**inputs)
+        layers = len(self.anatomy.layers)
+        final = torch.full(plain.logits.shape[:-1], layers, dtype=torch.int64, device=plain.logits.device)
+        return confident_output(plain, final_logits=plain.logits, selected_layer=final)
+
+    def _allowed_rows(self, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
+        """Which kept rows `[B, T]` may leave the final layer; asked before the model runs and its cache grows."""
+        tokens = inputs.get("input_ids")
+        if tokens is None:  # called with embeddings: the position alone is the counter
+            embeddings = inputs["inputs_embeds"]
+            tokens = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+        positions = text_positions(inputs, tokens)
+        rows = torch.stack([tokens, positions.to(tokens.device)], dim=-1)
+        tokens, positions = slice_logits_to_keep(rows, keep).unbind(-1)
+        assert self.confident.seed is not None
+        return allowed_rows(self.confident.probability, self.confident.seed, tokens, positions)
+
+    def _moved_loss(self, plain: Any, logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The model's own loss, its cross-entropy moved from the final to the selected logits.
+
+        Whatever else the model adds to its loss (the routers of a mixture of experts) stays in it.
+        """
+        if getattr(plain, "loss", None) is None or inputs.get("labels") is None:
+            return {}
+        model: Any = self
+        extra = {name: value for name, value in inputs.items() if name not in self._argument_names}
+        vocabulary = model.config.get_text_config().vocab_size
+        loss = functools.partial(model.loss_function, labels=inputs["labels"], vocab_size=vocabulary, **extra)
+        return {"loss": plain.loss + (loss(logits=logits) - loss(logits=plain.logits))}
+
+
+def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps) -> None:
+    """Turn `model` into a `ConfidentHead`, in place."""
+    plain = type(model)
+    parameters = inspect.signature(plain.forward).parameters.values()
+    # accelerate puts a `forward` on the instance, which would hide the one of our class: it is run inside ours.
+    placed_forward = model.__dict__.pop("forward", None)
+    model.__class__ = confident_class(plain)  # type: ignore[arg-type]  # a class is hashable
+    model.confident, model.anatomy = config, anatomy
+    model._taps, model._placed_forward = taps, placed_forward
+    model._argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+
+def restore_(model: Any) -> None:
+    """Undo `operate_`, in place.
+
+    Raises:
+        SurgeryError: another forward has been placed on the instance since, around ours: it would call what is gone.
+    """
+    forward = model.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+        raise SurgeryError(
+            f"A forward was put on this {type(model).__name__} after it was wrapped, as accelerate does. Remove it "
+            "first, for example with accelerate.hooks.remove_hook_from_module(model, recurse=True), then unwrap."
+        )
+    model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
+    model._taps.remove()
+    placed_forward = model._placed_forward
+    for name in ("confident", "anatomy", "_taps", "_placed_forward", "_argument_names"):
+        delattr(model, name)
+    model.__class__ = plain_class(type(model))
+    if placed_forward is not None:
+        model.forward = placed_forward
+
+
+@functools.cache
+def confident_class(plain: type[Any]) -> type[ConfidentHead]:
+    """The class of a wrapped `plain`: both a `ConfidentHead` and a `plain`, under the plain class's name.
+
+    The name stays because transformers goes by it: `save_pretrained` writes it into the config, pipelines look it up.
+    The forward keeps its signature because `generate` and `torch.export` read it.
+    """
+
+    @functools.wraps(plain.forward)
+    def forward(self: ConfidentHead, *args: Any, **kwargs: Any) -> Any:
+        return ConfidentHead.forward(self, *args, **kwargs)
+
+    # Tools that undo decorators by following `__wrapped__` (accelerate's unwrap_model) would end at the plain forward.
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
+    return _subclass(plain, forward)
+
+
+@functools.cache
+def adapter_class(plain: type[Any]) -> type[ConfidentHead]:
+    """The class of an adapter (PEFT) around a wrapped model: its forward is its own, the model inside selects."""
+    return _subclass(plain, plain.forward)
+
+
+def plain_class(confident: type[ConfidentHead]) -> type[Any]:
+    """The class a wrapped model had before."""
+    return confident.__bases__[1]
+
+
+def _subclass(plain: type[Any], forward: Callable[..., Any]) -> type[ConfidentHead]:
+    body = {"forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return cast(type[ConfidentHead], type(plain.__name__, (ConfidentHead, plain), body))

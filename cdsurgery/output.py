@@ -1,0 +1,40 @@
+"""A model's own output class -> the same class with three more fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+
+@dataclass
+class ConfidentOutput(ModelOutput):
+    """What a wrapped model returns, beside everything its own output class has.
+
+    Attributes:
+        logits: `[B, T, V]`, those of the selected layer: what `generate` and every existing client reads.
+        final_logits: `[B, T, V]`, what the model returned before it was wrapped, bit for bit.
+        selected_layer: `[B, T]` int64 in [L-K, L]; layers are counted 1..L.
+        entropy: `[B, T, M]` float32, nats; index k is layer L-k. None where `probability=0`: nothing is computed.
+    """
+
+    logits: Tensor | None = None
+    final_logits: Tensor | None = None
+    selected_layer: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@cache
+def confident_output_class(plain: type[ModelOutput]) -> type[ConfidentOutput]:
+    """A dataclass that is both a `ConfidentOutput` and a `plain`, with the plain fields first and in their order."""
+    return cast(type[ConfidentOutput], dataclass(type(f"Confident{plain.__name__}", (ConfidentOutput, plain), {})))
+
+
+def confident_output(plain: Any, **confident: Any) -> ConfidentOutput:
+    """The model output `plain` with these fields set, and with room for the three new ones."""
+    values = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    output_class = confident_output_class(type(plain))  # type: ignore[arg-type]  # a class is hashable
+    return output_class(**(values | confident))

@@ -1,0 +1,72 @@
+"""Decoder layers -> their last K states, cut to the rows that will be projected, while the model runs as always."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import slice_logits_to_keep
+
+from cdsurgery.errors import SurgeryError
+from cdsurgery.probe import first_tensor
+
+
+class Taps:
+    """Forward hooks that note what the given layers return, only while a `reading` is open.
+
+    The hooks stay on the layers for good: adding and removing them at every step would cost time and break compiled
+    and captured graphs. Outside of a reading they do nothing.
+
+    Args:
+        layers: in the order in which their states are wanted.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.states: list[Tensor | None] = [None] * len(layers)
+        self.keep: int | Tensor | None = None
+        self._handles = [layer.register_forward_hook(_Tap(self, index)) for index, layer in enumerate(layers)]
+
+    @contextmanager
+    def reading(self, keep: int | Tensor = 0) -> Iterator[list[Tensor]]:
+        """Collect states `[B, T, D]` into the list it yields, which is complete once the model has run.
+
+        Args:
+            keep: the model's own `logits_to_keep`; rows are cut when they are captured, so that nothing holds on to
+                the states of a long prompt.
+        """
+        if self.keep is not None:
+            raise SurgeryError(
+                "This wrapped model is already running, in another thread or inside itself. Run one forward at a time, "
+                "or give each thread its own wrapped copy of the model."
+            )
+        self.keep = keep
+        try:
+            yield self.states  # type: ignore[misc]
+        finally:
+            self.states = [None] * len(self.states)
+            self.keep = None
+
+    def remove(self) -> None:
+        """Take the hooks off the layers."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Tap:
+    """One layer's hook: a class and not a closure, so that a deep copy of the model taps the copy."""
+
+    def __init__(self, taps: Taps, index: int) -> None:
+        self.taps, self.index = taps, index
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        keep = self.taps.keep
+        if keep is None:
+            return
+        state = first_tensor(output)
+        assert state is not None
+        if isinstance(keep, Tensor) or keep > 0:
+            # A slice is a view that keeps the whole prompt's state alive; a copy of the kept rows does not.
+            state = slice_logits_to_keep(state, keep).clone()
+        self.taps.states[self.index] = state

@@ -1,0 +1,3 @@
+"""The release, written into packages and artifacts."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,89 @@
+"""A causal LM -> the same object, wrapped; and back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+from torch import nn
+
+from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
+from cdsurgery.errors import SurgeryError, UnsupportedModelError
+from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
+from cdsurgery.loading import load_causal_lm
+from cdsurgery.proof import find_anatomy
+from cdsurgery.taps import Taps
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(
+    model: nn.Module | str | os.PathLike[str],
+    *,
+    lookback: int | float = DEFAULT_LOOKBACK,
+    probability: float = 1.0,
+    seed: int | None = None,
+    measure: str = "entropy",
+) -> ConfidentHead:
+    """Make a causal LM decode from its most confident near-final layer.
+
+    The model is changed in place and returned: it stays an instance of its own class with its own parameters, and is a
+    `ConfidentHead` too. Before that it is proven, on a probe, that its logits can be reproduced bit for bit from the
+    states of its layers.
+
+    Args:
+        model: a loaded causal LM, or a local folder or Hub id to load it from.
+        lookback: K, the most layers to look back; or a float in (0, 1], a share of the depth.
+        probability: in [0, 1], the share of rows that may leave the final layer.
+        seed: for 0 < probability < 1; None draws one from torch's global generator.
+        measure: "entropy", or "log_p_squared" as in the authors' published overlay.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InvalidInputError: an option is out of range.
+        UnsupportedModelError: the model cannot be proven to fit.
+        SurgeryError: the model is wrapped already.
+    """
+    config = ConfidentConfig(lookback, probability, seed, measure)
+    if not isinstance(model, nn.Module):
+        model = load_causal_lm(model)
+    host = _adapted_model(model)
+    if isinstance(host, ConfidentHead):
+        raise SurgeryError(
+            f"This {type(model).__name__} is wrapped already, with {host.confident}. To change the options, unwrap it "
+            "with cdsurgery.unwrap(model) and wrap it again."
+        )
+    anatomy = find_anatomy(host)
+    depth = len(anatomy.layers)
+    if depth < 2:
+        raise UnsupportedModelError(f"{type(host).__name__} has one decoder layer: there is none to look back to.")
+    config = config.resolve(depth)
+    candidates = anatomy.layers[depth - 2 :: -1][: int(config.lookback)]
+    operate_(host, config, anatomy, Taps([host.get_submodule(path) for path in candidates]))
+    if host is not model:
+        model.__class__ = adapter_class(type(model))  # type: ignore[arg-type]  # a class is hashable
+    return model  # type: ignore[return-value]  # its class has just become one
+
+
+def unwrap(model: Model) -> Model:
+    """Give back the model as it was before `wrap`: the same object, with the same parameters.
+
+    Raises:
+        SurgeryError: the model is not wrapped, or something has been put over the wrapped forward since.
+    """
+    host = _adapted_model(model)
+    if not isinstance(host, ConfidentHead):
+        raise SurgeryError(f"This {type(model).__name__} is not wrapped; only what cdsurgery.wrap returned can be.")
+    restore_(host)
+    if isinstance(model, ConfidentHead):  # an adapter that was wrapped, and not put around a wrapped model
+        model.__class__ = plain_class(type(model))
+    return model
+
+
+def _adapted_model(model: Any) -> Any:
+    """The causal LM that decodes: what a PEFT model adapts, since its `generate` calls that one; else the model."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model

@@ -1,0 +1,121 @@
+"""What a wrapped forward holds and computes: the kept rows of K layers, and nothing of the length of a long prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import HIDDEN, LAYERS, VOCABULARY, decoder_layers, tiny_model, token_ids
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cdsurgery
+import cdsurgery.taps
+
+LOOKBACK, LENGTH = 5, 4096
+IDS = token_ids(1, LENGTH)
+ONE_STATE = LENGTH * HIDDEN * 4  # bytes of S x D in float32
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once in storages that were made under this mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self.alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@torch.no_grad()
+def peak(model: nn.Module, keep: int) -> int:
+    with Peak() as measured:
+        model(IDS, logits_to_keep=keep, use_cache=False)
+    return measured.bytes
+
+
+def model_of_long_prompts() -> Any:
+    return tiny_model("llama", max_position_embeddings=LENGTH)
+
+
+def test_a_prefill_of_4096_tokens_holds_no_state_of_another_layer() -> None:
+    plain, wrapped = (peak(model, 1) for model in (model_of_long_prompts(), wrap_deep(model_of_long_prompts())))
+    assert plain > ONE_STATE, "the measurement sees nothing"
+    # K kept rows of D, and M rows of V in a handful of float32 copies: far less than the state of one layer.
+    assert 0 <= wrapped - plain < ONE_STATE // 8
+
+
+def test_the_measurement_sees_a_slice_that_keeps_its_whole_prompt_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against tautology: with the tap's slice a view, K states of the prompt stay until the forward ends."""
+    plain = peak(model_of_long_prompts(), 1)
+
+    def tap_a_view(tap: Any, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if tap.taps.keep is not None:
+            tap.taps.states[tap.index] = output[:, -tap.taps.keep :]
+
+    monkeypatch.setattr(cdsurgery.taps._Tap, "__call__", tap_a_view)
+    assert peak(wrap_deep(model_of_long_prompts()), 1) - plain > 2 * ONE_STATE
+
+
+def wrap_deep(model: Any) -> Any:
+    return cdsurgery.wrap(model, lookback=LOOKBACK)
+
+
+@pytest.mark.parametrize(("keep", "rows"), [(1, 1), (7, 7), (torch.tensor([3, 90, 5]), 3), (0, 128)])
+@torch.no_grad()
+def test_only_the_kept_rows_of_the_candidates_are_normed_and_projected(keep: Any, rows: int) -> None:
+    model, ids = wrap_deep(tiny_model("llama")), token_ids(2, 128)
+    normed, projected, held = [], [], []
+    model.model.norm.register_forward_pre_hook(lambda _, args: normed.append(tuple(args[0].shape)))
+    model.lm_head.register_forward_pre_hook(lambda _, args: projected.append(tuple(args[0].shape)))
+    stack = torch.stack
+
+    def note(states: Any, *rest: Any, **options: Any) -> Tensor:
+        held.extend(state.untyped_storage().nbytes() for state in states)
+        return stack(states, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cdsurgery.head.torch, "stack", note)
+        out = model(ids, logits_to_keep=keep)
+    assert normed == [(2, 128, HIDDEN), (LOOKBACK, 2, rows, HIDDEN)]  # the model's own call, and ours
+    assert projected == [(2, rows, HIDDEN), (LOOKBACK, 2, rows, HIDDEN)]
+    assert held == [2 * rows * HIDDEN * 4] * LOOKBACK
+    assert out.logits.shape == out.final_logits.shape == (2, rows, VOCABULARY)
+
+
+@torch.no_grad()
+def test_nothing_is_held_once_the_forward_has_returned() -> None:
+    model = wrap_deep(tiny_model("llama"))
+    states: list[StorageWeakRef] = []
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda _, __, out: states.append(StorageWeakRef(out.untyped_storage())))
+    out = model(token_ids(2, 12), logits_to_keep=0)
+    assert len(states) == LAYERS
+    assert all(state.expired() for state in states)
+    assert out.logits.untyped_storage().nbytes() == out.logits.nbytes, "the selection is a view of all candidates"
+
+
+@torch.no_grad()
+def test_parameters_are_not_copied() -> None:
+    model = tiny_model("gemma3_text", tie_word_embeddings=True)
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    with Peak() as made:
+        wrapped = wrap_deep(model)
+    assert {name: p.data_ptr() for name, p in wrapped.named_parameters(remove_duplicate=False)} == addresses
+    assert wrapped.lm_head.weight is wrapped.model.embed_tokens.weight
+    own = {parameter.untyped_storage()._cdata for parameter in wrapped.parameters()}
+    assert own & made.alive.keys(), "the measurement does not tell parameters from copies"
+    held = sum(size for key, (reference, size) in made.alive.items() if key not in own and not reference.expired())
+    assert held == 0, "the probe, or a copy of something, is still there"
