@@ -1,0 +1,116 @@
+"""`cdsurgery.json`: what an artifact is, what made it, and the hash of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cdsurgery.errors import ArtifactError
+from cdsurgery.export.signature import Positions, Signature, TensorSpec
+
+NAME = "cdsurgery.json"
+SCHEMA_VERSION = 1
+MAKERS = ("cdsurgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of an ONNX artifact.
+
+    Attributes:
+        schema_version: of this file; a newer one than this code knows is refused.
+        versions: of the packages that made the artifact.
+        model_type, layers: as in the model's config; L.
+        lookback, probability, seed, measure: the options in force when it was made.
+        dtype, positions, opset: of the graph.
+        signature: every input and output.
+        files: name -> {"sha256": hex, "size": bytes} for every other file.
+        parity: the report of the comparison with PyTorch that the artifact passed.
+    """
+
+    schema_version: int
+    versions: dict[str, str]
+    model_type: str
+    layers: int
+    lookback: int
+    probability: float
+    seed: int | None
+    measure: str
+    dtype: str
+    positions: Positions
+    opset: int
+    signature: Signature
+    files: dict[str, dict[str, Any]]
+    parity: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder, with the same bytes for the same contents."""
+        (folder / NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash and size of every file in the folder but the manifest itself."""
+    paths = sorted(path for path in folder.iterdir() if path.name != NAME)
+    return {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in paths}
+
+
+def maker_versions() -> dict[str, str]:
+    """The versions of the packages that make artifacts."""
+    return {name: version(name) for name in MAKERS}
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Read an artifact's manifest.
+
+    Raises:
+        ArtifactError: there is none, it cannot be read, or its schema is newer.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not an artifact: it has no {NAME}. Make one with cdsurgery.export.to_onnx.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        found = fields["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a manifest ({error}). Make the artifact again.") from error
+    if found != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {found}; this cdsurgery reads version {SCHEMA_VERSION}. Use the cdsurgery that "
+            "made it, or make the artifact again."
+        )
+    specs = {
+        side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields["signature"][side])
+        for side in ("inputs", "outputs")
+    }
+    return Manifest(**(fields | {"signature": Signature(**specs)}))
+
+
+def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        ArtifactError: a file is missing, is not a plain file of this folder, or was changed.
+    """
+    for name, expected in manifest.files.items():
+        path = Path(folder) / name
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{path}, which the manifest lists, is missing or not a plain file of the artifact.")
+        size = path.stat().st_size
+        if size != expected["size"] or _sha256(path) != expected["sha256"]:
+            raise ArtifactError(
+                f"{path} was changed after the artifact was made: its size is {size} bytes and should be "
+                f"{expected['size']}, or its sha256 is not {expected['sha256']}. Make the artifact again."
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""A wrapped model -> an ONNX artifact: one graph for prefill and decode, verified before it appears.
+
+1. Signature: the names and shapes of the graph.
+2. Trace: transformers' own exporter turns the `DecoderGraph` into an ONNX model.
+3. Name: inputs, outputs and axes get the names of the signature; what only the tracer needed is dropped.
+4. Save: graph, weights beside it, configs, tokenizer, all in a folder that is moved into place at the end.
+5. Verify: the saved files run in ONNX Runtime against the model. An artifact that differs is never left behind.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+from torch.export import Dim
+from transformers import PreTrainedTokenizerBase
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.utils import logging as transformers_logging
+
+from cdsurgery.errors import ArtifactError, InvalidInputError
+from cdsurgery.export.clients import GRAPH_FILE, write_client_files
+from cdsurgery.export.graph import DecoderGraph, sample_inputs
+from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
+from cdsurgery.export.runner import OnnxRunner
+from cdsurgery.export.signature import DTYPES, Positions, Signature, TensorSpec, decoder_signature
+from cdsurgery.export.staging import staged_folder
+from cdsurgery.export.verify import verify
+from cdsurgery.head import ConfidentHead
+from cdsurgery.probe import at_rest
+
+# TensorRT builds this one in float32, float16 and bfloat16; 23's Attention fails there in float32.
+OPSET = 20
+
+
+def to_onnx(
+    model: ConfidentHead,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    positions: Positions = "last",
+) -> Path:
+    """Export a wrapped model.
+
+    Args:
+        model: what `cdsurgery.wrap` returned, in float32 or float16.
+        folder: the artifact to make; it must not exist.
+        tokenizer: saved beside the graph, for clients that take text.
+        positions: "last" returns logits `[B, 1, V]` of each row's last real token; "all" `[B, S, V]`, for scoring.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidInputError: the model is not wrapped, or `positions` is neither.
+        UnsupportedModelError: its dtype or cache cannot be exported.
+        ArtifactError: the folder exists, or the graph does not agree with the model.
+    """
+    if not isinstance(model, ConfidentHead):
+        raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
+    if positions not in ("last", "all"):
+        raise InvalidInputError(f"positions is {positions!r}; it must be 'last' or 'all'.")
+    with staged_folder(folder) as aside:
+        signature = decoder_signature(model, positions)
+        graph = _trace(model, signature, positions)
+        _name(graph, signature)
+        onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
+        write_client_files(aside, model, tokenizer)
+        manifest = _manifest(model, signature, positions)
+        report = verify(OnnxRunner(aside, manifest), model)
+        if not report.passed:
+            raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
+        Manifest(**(vars(manifest) | {"files": describe_files(aside), "parity": report.to_dict()})).write(aside)
+    return Path(folder)
+
+
+def _trace(model: Any, signature: Signature, positions: Positions) -> onnx_ir.Model:
+    inputs = sample_inputs(model, signature)
+    dynamic = {
+        spec.name: {axis: Dim.AUTO for axis, size in enumerate(spec.axes) if isinstance(size, str)}
+        for spec in signature.inputs
+    }
+    shapes: dict[str, Any] = {name: dynamic[name] for name in inputs if name in dynamic}
+    shapes["past_key_values"] = [dynamic[spec.name] for spec in signature.past]
+    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET)
+    exporter: Any = OnnxExporter
+    with at_rest(model), DecoderGraph(model, signature, positions) as graph, _quiet():
+        return exporter().export(graph, inputs, config=config).program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporters print and log about themselves: what is wrong with a graph, running it shows."""
+    verbosity = transformers_logging.get_verbosity()
+    torch_logger = logging.getLogger("torch.onnx")
+    level = torch_logger.level
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity_error()
+        torch_logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            torch_logger.setLevel(level)
+
+
+def _name(model: onnx_ir.Model, signature: Signature) -> None:
+    """Give the graph the signature's names and axes, and drop the tracer's notes: nine tenths of the file."""
+    graph = model.graph
+    outside = {*graph.inputs, *graph.outputs}
+    for values, specs in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            _check_fixed_axes(value, spec)
+            value.name, value.shape = spec.name, onnx_ir.Shape(spec.axes)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outside:
+                value.shape = None  # in the tracer's symbols, which the new axis names have replaced
+    for value in [*graph.inputs, *graph.initializers.values()]:
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.producer_name = "cdsurgery"
+
+
+def _check_fixed_axes(value: onnx_ir.Value, spec: TensorSpec) -> None:
+    """A traced axis that became a number where the signature has a name was frozen by the tracer."""
+    assert value.shape is not None
+    frozen = [
+        axis
+        for axis, size in zip(spec.axes, value.shape, strict=True)
+        if isinstance(axis, str) and isinstance(size, int)
+    ]
+    if frozen:
+        raise ArtifactError(
+            f"Tracing fixed the axes {frozen} of '{spec.name}' {list(spec.axes)} at {value.shape}; the graph would be "
+            "right for one shape only. This model's code computes a shape from its example; please report it."
+        )
+
+
+def _manifest(model: Any, signature: Signature, positions: Positions) -> Manifest:
+    config = model.confident
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        versions=maker_versions(),
+        model_type=model.config.model_type,
+        layers=len(model.anatomy.layers),
+        lookback=config.lookback,
+        probability=config.probability,
+        seed=config.seed,
+        measure=config.measure,
+        dtype=DTYPES[model.dtype],
+        positions=positions,
+        opset=OPSET,
+        signature=signature,
+        files={},
+        parity={},
+    )

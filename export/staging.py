@@ -1,0 +1,34 @@
+"""A folder that appears whole or not at all: written aside, moved into place when everything in it is right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cdsurgery.errors import ArtifactError
+
+
+@contextmanager
+def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that becomes `target` on success and vanishes on any error.
+
+    Raises:
+        ArtifactError: `target` exists already, or its parent does not.
+    """
+    place = Path(target).absolute()
+    if place.exists() or place.is_symlink():
+        raise ArtifactError(f"{target} exists already. Give a folder that does not exist; nothing is overwritten.")
+    if not place.parent.is_dir():
+        raise ArtifactError(f"The folder {place.parent}, in which {place.name} was to be made, does not exist.")
+    # Beside the target, because only a rename within one file system is atomic.
+    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        yield aside
+        aside.chmod(0o755)  # mkdtemp makes it private
+        os.replace(aside, place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""Artifacts of tiny models, made once a test run, and a plain ONNX Runtime client that knows nothing of cdsurgery."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from families import HIDDEN, tiny_model
+from torch import Tensor
+
+import cdsurgery
+from cdsurgery import ConfidentHead, export
+
+LOOKBACK = 3
+EXPORTED = ("llama", "qwen3")
+_FOLDER = tempfile.TemporaryDirectory(prefix="artifacts-")
+atexit.register(_FOLDER.cleanup)
+
+
+@functools.cache
+def wrapped(family: str, **options: Any) -> ConfidentHead:
+    """A wrapped tiny model of 4 layers; tied, so that a weight saved twice would show, and sure of some tokens."""
+    model = tiny_model(family, num_hidden_layers=4, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)  # entropies from 1e-5 nats to 4
+    return cdsurgery.wrap(model, **({"lookback": LOOKBACK} | options))
+
+
+@functools.cache
+def artifact(family: str, positions: Any = "last", **options: Any) -> Path:
+    """The folder of its artifact."""
+    name = "-".join([family, positions, *(f"{k}-{v}" for k, v in options.items())])
+    return export.to_onnx(wrapped(family, **options), Path(_FOLDER.name) / name, positions=positions)
+
+
+class Client:
+    """Feeds a decoder by the names that every ONNX client expects."""
+
+    def __init__(self, folder: Path) -> None:
+        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.cache_inputs = [name for name in self.inputs if name.startswith("past_key_values.")]
+
+    def __call__(self, ids: Tensor, mask: Tensor, past: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """Run new tokens `[B, S]` under a mask `[B, P+S]`; `past` is what an earlier call returned."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+        for name in self.cache_inputs:
+            present = name.replace("past_key_values", "present")
+            feed[name] = np.zeros((len(ids), 2, 0, HIDDEN // 4), np.float32) if past is None else past[present]
+        return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+
+
+def padded(batch: int, length: int, side: str) -> Tensor:
+    """A mask `[batch, length]` whose row r has r tokens of padding, at most all but one."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(batch):
+        width = min(row, length - 1)
+        if side == "left":
+            mask[row, :width] = 0
+        elif side == "right" and width:
+            mask[row, -width:] = 0
+    return mask

@@ -1,0 +1,156 @@
+"""An artifact's folder: whole or absent, described by its manifest, refused when it is not what it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artifacts import LOOKBACK, Client, artifact, wrapped
+from families import tiny_model, token_ids
+from safetensors.torch import save_file
+
+import cdsurgery
+from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError, export
+from cdsurgery.export import onnx as onnx_module
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact("llama"), tmp_path / "copy"))
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "cdsurgery.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_manifest_describes_the_artifact() -> None:
+    fields = json.loads((artifact("llama") / "cdsurgery.json").read_text())
+    assert fields["schema_version"] == 1
+    assert (fields["model_type"], fields["layers"], fields["lookback"]) == ("llama", 4, LOOKBACK)
+    assert (fields["dtype"], fields["positions"], fields["measure"]) == ("float32", "last", "entropy")
+    assert fields["versions"]["torch"] == torch.__version__
+    assert fields["parity"]["passed"]
+    assert fields["parity"]["rows"] > 100
+    on_disk = {path.name for path in artifact("llama").iterdir()} - {"cdsurgery.json"}
+    assert set(fields["files"]) == on_disk
+    assert {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"} <= on_disk
+    client = Client(artifact("llama"))
+    assert [spec["name"] for spec in fields["signature"]["inputs"]] == client.inputs
+    assert [spec["name"] for spec in fields["signature"]["outputs"]] == client.outputs
+
+
+def test_a_moved_folder_runs_and_gives_the_same(copy: Path, tmp_path: Path) -> None:
+    moved = copy.rename(tmp_path / "elsewhere")
+    ids = token_ids(1, 5)
+    assert torch.equal(export.load(moved)(ids).logits, export.load(artifact("llama"))(ids).logits)
+
+
+def test_genai_config_names_tensors_that_the_graph_has() -> None:
+    model = json.loads((artifact("llama") / "genai_config.json").read_text())["model"]
+    client = Client(artifact("llama"))
+    names = model["decoder"]["inputs"] | model["decoder"]["outputs"]
+    for name in names.values():
+        filled = name % 0 if "%d" in name else name
+        assert filled in client.inputs + client.outputs
+    assert model["decoder"]["head_size"] == 16
+    assert model["decoder"]["num_hidden_layers"] == 4
+    assert model["context_length"] == 128
+
+
+def test_tokenizer_files_name_a_class_that_transformers_4_knows(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    export.clients.write_client_files(tmp_path, wrapped("llama"), tokenizer)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists already"):
+        export.to_onnx(wrapped("llama"), tmp_path / "old")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        export.to_onnx(wrapped("llama"), tmp_path / "no" / "such" / "parent")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "mine"
+
+
+def test_a_graph_that_disagrees_with_the_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter is made to write a graph in which one weight is another."""
+    model = wrapped("llama")
+    norm = model.get_submodule("model.norm")
+    name = onnx_module._name
+
+    def spoil(graph: Any, signature: Any) -> None:
+        name(graph, signature)
+        for initializer in graph.graph.initializers.values():
+            if initializer.const_value.shape == [64] and np.array_equal(
+                initializer.const_value.numpy(), norm.weight.detach().numpy()
+            ):
+                initializer.const_value = onnx_module.onnx_ir.tensor(initializer.const_value.numpy() * 1.001)
+
+    monkeypatch.setattr(onnx_module, "_name", spoil)
+    with pytest.raises(ArtifactError, match="does not agree"):
+        export.to_onnx(model, tmp_path / "spoiled")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="is not wrapped"):
+        export.to_onnx(tiny_model("llama"), tmp_path / "a")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="'last' or 'all'"):
+        export.to_onnx(wrapped("llama"), tmp_path / "a", positions="first")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="probability=0"):
+        export.to_onnx(cdsurgery.wrap(tiny_model("llama"), probability=0), tmp_path / "a")
+    with pytest.raises(UnsupportedModelError, match=r"torch\.bfloat16"):
+        export.to_onnx(cdsurgery.wrap(tiny_model("llama", torch.bfloat16)), tmp_path / "a")
+    with pytest.raises(UnsupportedModelError, match="keys and values"):
+        export.to_onnx(cdsurgery.wrap(tiny_model("qwen3_5_text")), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_changed_byte_of_a_weight_is_noticed(copy: Path) -> None:
+    data = copy / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data was changed"):
+        export.load(copy)
+
+
+def test_a_truncated_a_missing_and_a_linked_file_are_refused(copy: Path, tmp_path: Path) -> None:
+    data = copy / "model.onnx.data"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:1000])
+    with pytest.raises(ArtifactError, match="its size is 1000 bytes"):
+        export.load(copy)
+    data.unlink()
+    with pytest.raises(ArtifactError, match="missing or not a plain file"):
+        export.load(copy)
+    (tmp_path / "outside").write_bytes(whole)
+    data.symlink_to(tmp_path / "outside")
+    with pytest.raises(ArtifactError, match="missing or not a plain file"):
+        export.load(copy)
+
+
+def test_a_manifest_that_points_out_of_the_folder_is_refused(copy: Path) -> None:
+    save_file({"x": torch.zeros(1)}, copy.parent / "secret")
+    edit_manifest(copy, files={"../secret": {"sha256": "", "size": 0}})
+    with pytest.raises(ArtifactError, match="not a plain file of the artifact"):
+        export.load(copy)
+
+
+def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, tmp_path: Path) -> None:
+    edit_manifest(copy, schema_version=2)
+    with pytest.raises(ArtifactError, match="schema version 2; this cdsurgery reads version 1"):
+        export.load(copy)
+    (copy / "cdsurgery.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is not a manifest"):
+        export.load(copy)
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        export.load(tmp_path)

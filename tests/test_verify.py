@@ -1,0 +1,113 @@
+"""`export.verify`: it passes what is the same, and fails on what is only nearly so."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from artifacts import LOOKBACK, artifact, wrapped
+from families import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cdsurgery
+from cdsurgery import InvalidInputError, export
+from cdsurgery.export.report import TOLERANCES, Report, scan_margin
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return export.verify(artifact("llama"), wrapped("llama"), new_tokens=32)
+
+
+def test_the_artifact_of_a_model_passes_and_every_figure_is_counted(report: Report) -> None:
+    assert report.passed
+    assert report.rows == 3 * 3 * (1 + 1 + 2 + 2 + 3 + 4 + 1)  # paddings, runs, batches
+    assert 0 < report.moved < report.rows
+    assert report.excluded < 0.05 * report.rows
+    assert report.tokens >= report.tokens_equal > 0
+    assert report.texts == 6
+    assert 0 < report.final_logits < 1e-5
+    assert 0 < report.entropy < 1e-5
+
+
+def test_the_report_prints_its_figures_and_is_json(report: Report) -> None:
+    text = str(report)
+    for part in ("final logits", "entropies", "selected layers", "too close to call", "greedy tokens", "passed"):
+        assert part in text
+    assert json.loads(json.dumps(report.to_dict()))["passed"]
+
+
+def nudge_final_norm(model: Any) -> None:
+    model.model.norm.weight.data.mul_(1.0001)
+
+
+def nudge_one_vocabulary_row(model: Any) -> None:
+    model.lm_head.weight.data[77] += 1e-3
+
+
+def nudge_last_layer(model: Any) -> None:
+    model.model.layers[-1].mlp.down_proj.weight.data.mul_(1.0001)
+
+
+@pytest.mark.parametrize("nudge", [nudge_final_norm, nudge_one_vocabulary_row, nudge_last_layer])
+def test_a_model_that_differs_by_one_part_in_ten_thousand_fails(nudge: Any) -> None:
+    other = copy.deepcopy(wrapped("llama"))
+    nudge(other)
+    assert not export.verify(artifact("llama"), other).passed
+
+
+def test_a_wrapped_model_with_other_options_is_refused() -> None:
+    other = cdsurgery.wrap(tiny_model("llama", num_hidden_layers=4), lookback=LOOKBACK - 1)
+    with pytest.raises(InvalidInputError, match="made with lookback=3, the model is wrapped with lookback=2"):
+        export.verify(artifact("llama"), other)
+    with pytest.raises(InvalidInputError, match="is not wrapped"):
+        export.verify(artifact("llama"), tiny_model("llama"))  # type: ignore[arg-type]
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, math.nan]), min_size=2, max_size=7))
+def test_the_scan_margin_is_the_smallest_gap_that_the_scan_looked_at(entropy: list[float]) -> None:
+    smallest = math.inf
+    for before, after in itertools.pairwise(entropy):
+        gap = after - before
+        smallest = min(smallest, 0.0 if math.isnan(gap) else abs(gap))
+        if not after < before:
+            break
+    assert scan_margin(torch.tensor(entropy)).item() == smallest
+
+
+def rows(layer: int, entropy: list[float], logits: list[float]) -> list[torch.Tensor]:
+    z = torch.tensor([logits])
+    return [z, torch.tensor([[1.0, 2.0]]), torch.tensor([layer]), torch.tensor([entropy])]
+
+
+def test_a_wrong_layer_fails_unless_the_choice_was_too_close_to_call() -> None:
+    clear, close = [1.0, 0.5], [1.0, 1.0 - 1e-6]
+    for entropy, passes in ((clear, False), (close, True)):
+        report = Report(TOLERANCES["float32"], 4)
+        report.add_rows(rows(4, [2.0, 3.0], [1.0, 2.0]), rows(4, [2.0, 3.0], [1.0, 2.0]))
+        report.add_rows(rows(4, entropy, [1.0, 2.0]), rows(3, entropy, [5.0, 2.0]))
+        assert report.passed is passes
+        assert report.excluded == passes
+
+
+def test_a_difference_of_tokens_passes_only_with_a_margin_that_explains_it() -> None:
+    for margins, passes in (((1.0, 1.0), False), ((1e-6, 1.0), True), ((1.0, 1e-6), True)):
+        report = Report(TOLERANCES["float32"], 4)
+        report.add_rows(rows(4, [2.0, 3.0], [1.0, 2.0]), rows(4, [2.0, 3.0], [1.0, 2.0]))
+        report.add_text(5, {"text": 1, "layer_margin": margins[0], "token_margin": margins[1]})
+        assert report.passed is passes
+        assert (report.tokens, report.tokens_equal) == (6, 5)
+        assert "parts at token 5" in str(report)
+
+
+def test_nothing_compared_and_nan_everywhere_do_not_pass() -> None:
+    assert not Report(TOLERANCES["float32"], 4).passed
+    report = Report(TOLERANCES["float32"], 4)
+    report.add_rows(rows(4, [2.0, 3.0], [math.nan, 2.0]), rows(4, [2.0, 3.0], [1.0, 2.0]))
+    assert not report.passed
