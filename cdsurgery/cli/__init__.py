@@ -1,0 +1,1 @@
+"""The command `cdsurgery`: one file a command, `main` finds them."""

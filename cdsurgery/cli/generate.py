@@ -1,0 +1,133 @@
+"""MODEL and a prompt -> text, from the most confident near-final layer."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from cdsurgery.cli.model import import_export, is_artifact, load, load_tokenizer, wrap
+from cdsurgery.cli.screen import Screen, TokenCounter, visible
+from cdsurgery.cli.text import check_prompt, decode, encode
+from cdsurgery.cli.wrapping import add_wrapping_arguments, given_flags, wrapping_config
+from cdsurgery.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from cdsurgery.trace import Trace
+
+SUMMARY = "continue a text"
+DESCRIPTION = """\
+Continue a text, each token chosen by the most confident of the last layers. MODEL is a model, which runs in PyTorch, or
+a folder made by `cdsurgery export onnx`, which runs in ONNX Runtime. Greedy unless --sample is given."""
+EXAMPLE = 'cdsurgery generate examples/tiny_lm "def " --max-new-tokens 48'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a Hub id, or an exported artifact")
+    parser.add_argument("prompt", metavar="PROMPT", help="the beginning of the text")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N tokens (default 64)")
+    parser.add_argument("--plain", action="store_true", help="ordinary decoding from the final layer, to compare")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    group.add_argument("--temperature", type=float, metavar="T", help="with --sample: below 1 safer, above 1 wilder")
+    group.add_argument("--top-p", type=float, metavar="P", help="with --sample: draw from the likeliest P of the mass")
+    add_wrapping_arguments(parser)
+
+
+def run(options: argparse.Namespace, screen: Screen) -> bool:
+    """Generate, print the text on stdout and what happened on stderr."""
+    check_prompt(options.prompt)
+    generation = _generation_options(options)
+    model, tokenizer, layers = _open(options, screen)
+    inputs = encode(tokenizer, options.prompt, model.config, options.max_new_tokens)
+    started = time.perf_counter()
+    with screen.stage("Generating") as stage:
+        generation["streamer"] = TokenCounter(stage, options.max_new_tokens)
+        ids, trace = _generate(model, inputs, layers, generation)
+    seconds = time.perf_counter() - started
+    text = decode(tokenizer, ids)
+    screen.result(
+        {
+            "model": options.model,
+            "runtime": "onnxruntime" if is_artifact(options.model) else "torch",
+            "prompt": options.prompt,
+            "text": text,
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "tokens": ids,
+            "layers": layers,
+            "selected_layers": [token.selected_layer for token in trace.tokens] if trace else None,
+        },
+        visible(options.prompt + text),
+    )
+    screen.err.print(f"{len(ids)} tokens, {len(ids) / seconds:.1f} a second{_moved(trace)}", style="dim")
+    return True
+
+
+def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `generate` of transformers takes, checked here because its own checks come late and as warnings."""
+    if options.max_new_tokens < 1:
+        raise InvalidInputError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
+    if options.temperature is not None and not options.temperature > 0:
+        raise InvalidInputError(
+            f"--temperature is {options.temperature}; it must be greater than 0. For the likeliest token every time, "
+            "leave --sample out."
+        )
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise InvalidInputError(f"--top-p is {options.top_p}; it must be in (0, 1].")
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_p")}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    if given and not options.sample:
+        raise InvalidInputError("--temperature and --top-p change how tokens are drawn; add --sample to draw them.")
+    return {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample} | given
+
+
+def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int | None]:
+    """What generates, its tokenizer, and L (None for the plain model, which is not looked into)."""
+    config, fixed = wrapping_config(options), given_flags(options)
+    if is_artifact(options.model):
+        if fixed or options.plain:
+            raise InvalidInputError(
+                f"{options.model} is an exported artifact, whose layer selection was fixed when it was made. Leave out "
+                f"{', '.join(fixed) or '--plain'}, or give the model it was made from."
+            )
+        with screen.stage(f"Loading {options.model} into ONNX Runtime"):
+            runner = import_export().load(options.model)
+        _seed(options.seed)
+        return runner, load_tokenizer(options.model), runner.manifest.layers
+    if options.plain and fixed:
+        raise InvalidInputError(f"--plain decodes from the final layer only; leave out {', '.join(fixed)}.")
+    model: Any = load(options.model, screen)
+    tokenizer = load_tokenizer(options.model)
+    _seed(options.seed)
+    if options.plain:
+        return model, tokenizer, None
+    wrapped = wrap(model, config, screen)
+    return wrapped, tokenizer, len(wrapped.anatomy.layers)
+
+
+def _seed(seed: int | None) -> None:
+    """Make sampling repeatable; the draws of --probability take the same number through `wrap`."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+
+
+def _generate(
+    model: Any, inputs: dict[str, Any], layers: int | None, generation: dict[str, Any]
+) -> tuple[list[int], Trace | None]:
+    """The new token ids, and which layer chose each where the model is wrapped."""
+    from cdsurgery.trace import trace_generation
+
+    if layers is None:
+        sequence = model.generate(**inputs, **generation)[0]
+        return sequence[inputs["input_ids"].shape[1] :].tolist(), None
+    trace = trace_generation(model, inputs, layers=layers, **generation)
+    return trace.ids, trace
+
+
+def _moved(trace: Trace | None) -> str:
+    if trace is None:
+        return ", all from the final layer"
+    return f", {trace.moved} from before the final layer, mean depth {trace.mean_depth:.2f}"

@@ -1,0 +1,70 @@
+"""Prompts -> token ids a model can take; token ids -> the pieces of text they stand for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cdsurgery.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse an empty prompt, before anything is loaded for it."""
+    if not prompt:
+        raise InvalidInputError("The prompt is empty. Give the beginning of a text, for example 'def '.")
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, config: PreTrainedConfig, max_new_tokens: int
+) -> dict[str, Tensor]:
+    """The prompt as `input_ids` and `attention_mask`, `[1, S]` each.
+
+    Raises:
+        InvalidInputError: nothing to start from, ids the model does not have, or more than its context holds.
+    """
+    check_prompt(prompt)
+    encoded = tokenizer(prompt, return_tensors="pt")
+    ids: Any = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise InvalidInputError(f"The prompt {prompt!r} has no tokens for this tokenizer. Give another beginning.")
+    text_config = config.get_text_config()
+    vocabulary, largest = text_config.vocab_size, int(ids.max())
+    if largest >= vocabulary:
+        raise InvalidInputError(
+            f"The tokenizer made token id {largest}, but the model has ids 0 to {vocabulary - 1}. They do not belong "
+            "together: save the model's own tokenizer into its folder."
+        )
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and ids.shape[1] + max_new_tokens > context:
+        raise InvalidInputError(
+            f"The prompt has {ids.shape[1]} tokens; with {max_new_tokens} new ones that is "
+            f"{ids.shape[1] + max_new_tokens}, and the model's context holds {context}. Shorten the prompt or lower "
+            "--max-new-tokens."
+        )
+    return {"input_ids": ids, "attention_mask": encoded["attention_mask"]}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of these tokens, special ones left out."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, before: int, said: list[int], ids: list[int]) -> tuple[str, ...]:
+    """The text of each of `ids` if it stood in the place of the token of the same index in `said`.
+
+    Each is decoded after the token before it, because some tokenizers drop the space before a token that stands alone.
+
+    Args:
+        before: the last token of the prompt.
+        said, ids: as long as each other.
+    """
+    texts: list[str] = []
+    for previous, token in zip([before, *said], ids, strict=False):
+        first, pair = (str(tokenizer.decode(part)) for part in ([previous], [previous, token]))
+        texts.append(pair[len(first) :])
+    return tuple(texts)
