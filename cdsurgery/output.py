@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
+
+_CLASSES: dict[type[ModelOutput], type[ConfidentOutput]] = {}  # a dict, for Dynamo looks inside functools.cache
 
 
 @dataclass
@@ -27,14 +29,16 @@ class ConfidentOutput(ModelOutput):
     entropy: Tensor | None = None
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a class is made, not traced
 def confident_output_class(plain: type[ModelOutput]) -> type[ConfidentOutput]:
     """A dataclass that is both a `ConfidentOutput` and a `plain`, with the plain fields first and in their order."""
-    return cast(type[ConfidentOutput], dataclass(type(f"Confident{plain.__name__}", (ConfidentOutput, plain), {})))
+    if plain not in _CLASSES:
+        _CLASSES[plain] = dataclass(type(f"Confident{plain.__name__}", (ConfidentOutput, plain), {}))
+    return _CLASSES[plain]
 
 
 def confident_output(plain: Any, **confident: Any) -> ConfidentOutput:
     """The model output `plain` with these fields set, and with room for the three new ones."""
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    output_class = confident_output_class(type(plain))  # type: ignore[arg-type]  # a class is hashable
+    output_class = confident_output_class(type(plain))
     return output_class(**(values | confident))

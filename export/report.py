@@ -12,7 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How closely two runtimes must agree: logits relative to the row's largest, entropies in nats."""
+    """How closely two runtimes must agree, in parts of the row's largest logit.
+
+    An entropy is made of differences of logits, so it is rounded on their scale; it is measured against 1 nat where all
+    logits of a row are smaller than that.
+    """
 
     logits: float
     entropy: float
@@ -31,7 +35,7 @@ class Report:
         depth: L, the layers of the model.
         rows: rows compared; excluded: those of them too close to call.
         final_logits, logits: largest difference relative to the row's largest logit.
-        entropy: largest difference in nats.
+        entropy: the same for entropies; entropy_nats: their largest difference.
         layers: rows, outside of the excluded ones, where the selected layers differ.
         moved: share of rows whose selected layer is not the final one.
         tokens, tokens_equal: greedy tokens compared, up to and with the first that differs in each text.
@@ -46,6 +50,7 @@ class Report:
     final_logits: float = 0.0
     logits: float = 0.0
     entropy: float = 0.0
+    entropy_nats: float = 0.0
     layers: int = 0
     texts: int = 0
     tokens: int = 0
@@ -60,16 +65,22 @@ class Report:
         return close and self.layers == 0 and self.rows > self.excluded and all(p["explained"] for p in self.partings)
 
     def add_rows(self, found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-        """Count R rows in: logits `[R, V]`, final logits `[R, V]`, selected layers `[R]` and entropies `[R, M]`."""
+        """Count R rows in: logits `[R, V]`, final logits `[R, V]`, selected layers `[R]` and entropies `[R, M]`.
+
+        Too close to call is a row whose scan compared two entropies that lie no farther apart than twice what the two
+        runtimes differ by in this row: either layer is right. On all others the layers must be equal.
+        """
         logits, final_logits, layers, entropy = found
         true_logits, true_final_logits, true_layers, true_entropy = truth
-        clear = scan_margin(true_entropy) > 2 * self.tolerance.entropy
+        nats = (entropy - true_entropy).abs()
+        clear = scan_margin(true_entropy) > 2 * nats.amax(dim=-1)
         self.rows += len(layers)
         self.excluded += int((~clear).sum())
         self.moved += int((layers < self.depth).sum())
         self.final_logits = max(self.final_logits, _relative(final_logits, true_final_logits))
         self.logits = max(self.logits, _relative(logits[clear], true_logits[clear]))
-        self.entropy = max(self.entropy, _largest(entropy - true_entropy))
+        self.entropy = max(self.entropy, _largest(nats / logit_scale(true_final_logits).clamp(min=1)))
+        self.entropy_nats = max(self.entropy_nats, _largest(nats))
         self.layers += int((layers != true_layers)[clear].sum())
 
     def add_text(self, equal: int, parting: dict[str, Any] | None) -> None:
@@ -90,18 +101,18 @@ class Report:
         lines = [
             ("final logits", f"{self.final_logits:.1e} relative", f"{t.logits:.0e}"),
             ("selected logits", f"{self.logits:.1e} relative", f"{t.logits:.0e}"),
-            ("entropies", f"{self.entropy:.1e} nats", f"{t.entropy:.0e}"),
+            ("entropies", f"{self.entropy:.1e} relative, {self.entropy_nats:.1e} nats", f"{t.entropy:.0e}"),
             ("selected layers", f"{self.layers} of {self.rows - self.excluded} rows differ", "0"),
             ("too close to call", f"{self.excluded} of {self.rows} rows ({_share(self.excluded, self.rows)})", "shown"),
             ("rows moved", f"{self.moved} of {self.rows} ({_share(self.moved, self.rows)})", "shown"),
             ("greedy tokens", f"{self.tokens_equal} of {self.tokens} equal, {self.texts} texts", "or explained"),
         ]
-        table = [f"{'':18}{'found':34}allowed"] + [f"{name:18}{found:34}{allowed}" for name, found, allowed in lines]
+        table = [f"{'':18}{'found':38}allowed"] + [f"{name:18}{found:38}{allowed}" for name, found, allowed in lines]
         for parting in self.partings:
             verdict = "explained" if parting["explained"] else "NOT explained"
             table.append(
                 f"text {parting['text']} parts at token {parting['step']}: layer margin {parting['layer_margin']:.1e} "
-                f"nats, token margin {parting['token_margin']:.1e} relative: {verdict}"
+                f"relative, token margin {parting['token_margin']:.1e} relative: {verdict}"
             )
         return "\n".join([*table, "passed" if self.passed else "FAILED"])
 
@@ -122,9 +133,14 @@ def scan_margin(entropy: Tensor) -> Tensor:
     return gaps.abs().masked_fill(~compared, float("inf")).amin(dim=-1)
 
 
+def logit_scale(logits: Tensor) -> Tensor:
+    """The largest magnitude in each row of logits `[..., V]`, `[..., 1]` float32."""
+    return logits.float().abs().amax(dim=-1, keepdim=True)
+
+
 def _relative(found: Tensor, truth: Tensor) -> float:
     """The largest difference, in parts of its row's largest logit."""
-    return _largest((found.float() - truth.float()) / truth.float().abs().amax(dim=-1, keepdim=True))
+    return _largest((found.float() - truth.float()) / logit_scale(truth))
 
 
 def _largest(difference: Tensor) -> float:

@@ -1,8 +1,9 @@
 """An artifact and the model it was made from -> do they say the same? Row by row, then token by token.
 
 Shapes: for each, a prefill and two continuations of its cache, unpadded, left-padded and right-padded. Final logits and
-entropies are compared on every row. Where two entropies on the scanned path lie closer than the two runtimes agree,
-either layer is right; such rows are left out of the comparison of layers and selected logits, and their share is shown.
+entropies are compared on every row. Where two entropies on the scanned path lie closer than the two runtimes agree
+there, either layer is right; such rows are left out of the comparison of layers and selected logits, and their share is
+shown.
 Tokens: greedy texts from both; where they part, the margin of the choice is shown, and must be within the tolerance.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cdsurgery.errors import InvalidInputError
-from cdsurgery.export.report import TOLERANCES, Report, scan_margin
+from cdsurgery.export.report import TOLERANCES, Report, logit_scale, scan_margin
 from cdsurgery.export.runner import OnnxRunner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
@@ -150,6 +151,10 @@ def _compare_texts(report: Report, runner: Any, model: Any, prompts: Sequence[Se
         before = torch.tensor([[*prompt, *their_text[:step].tolist()]], device=model.device)
         row = model(before, logits_to_keep=1)
         logits = row.logits[0, 0].float()
-        gap = (logits[their_text[step]] - logits[our_text[step]]).abs() / logits.abs().max()
-        parting = {"text": report.texts, "layer_margin": float(scan_margin(row.entropy)), "token_margin": float(gap)}
+        scale = logit_scale(row.final_logits)[0, 0].clamp(min=1)
+        parting = {
+            "text": report.texts,
+            "layer_margin": float(scan_margin(row.entropy) / scale),
+            "token_margin": float((logits[their_text[step]] - logits[our_text[step]]).abs() / scale),
+        }
         report.add_text(step, parting)

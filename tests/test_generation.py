@@ -207,9 +207,9 @@ def test_gradients_flow_through_the_selected_layers(checkpointing: bool | None) 
         assert not model.eval()(PROMPT).logits.requires_grad
 
 
-@pytest.mark.xfail(run=False, reason="the output class is made while Dynamo traces; see cdsurgery.output")
-def test_the_forward_compiles_as_one_graph() -> None:
-    model = cdsurgery.wrap(tiny_model("llama", num_hidden_layers=3), probability=0.7, seed=3)
+@pytest.mark.parametrize("options", [{}, {"probability": 0.7, "seed": 3}])
+def test_the_forward_compiles_as_one_graph(options: dict[str, Any]) -> None:
+    model = cdsurgery.wrap(tiny_model("llama", num_hidden_layers=3), **options)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         ours, eager = compiled(PROMPT, use_cache=False), model(PROMPT, use_cache=False)

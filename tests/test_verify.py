@@ -86,14 +86,28 @@ def rows(layer: int, entropy: list[float], logits: list[float]) -> list[torch.Te
     return [z, torch.tensor([[1.0, 2.0]]), torch.tensor([layer]), torch.tensor([entropy])]
 
 
-def test_a_wrong_layer_fails_unless_the_choice_was_too_close_to_call() -> None:
-    clear, close = [1.0, 0.5], [1.0, 1.0 - 1e-6]
-    for entropy, passes in ((clear, False), (close, True)):
+def test_a_wrong_layer_fails_unless_the_runtimes_differ_by_as_much_as_the_choice_hung_on() -> None:
+    for found, truth, passes in (
+        ([1.0, 0.5], [1.0, 0.5], False),
+        ([1.0, 1.0 - 1e-6], [1.0, 1.0 - 1e-6], False),  # close, yet both saw the same
+        ([1.0, 1.0], [1.0, 1.0 - 1e-6], True),
+    ):
         report = Report(TOLERANCES["float32"], 4)
         report.add_rows(rows(4, [2.0, 3.0], [1.0, 2.0]), rows(4, [2.0, 3.0], [1.0, 2.0]))
-        report.add_rows(rows(4, entropy, [1.0, 2.0]), rows(3, entropy, [5.0, 2.0]))
+        report.add_rows(rows(4, found, [1.0, 2.0]), rows(3, truth, [5.0, 2.0]))
         assert report.passed is passes
         assert report.excluded == passes
+
+
+def test_entropies_are_held_on_the_scale_of_the_logits_they_are_made_of() -> None:
+    for scale, passes in ((1.0, False), (50.0, True)):
+        report = Report(TOLERANCES["float32"], 4)
+        truth = rows(4, [2.0, 3.0], [1.0, 2.0])
+        truth[1] = torch.tensor([[1.0, scale]])
+        found = [*truth[:3], truth[3] + 1e-4]
+        report.add_rows(found, truth)
+        assert report.passed is passes
+        assert report.entropy_nats == pytest.approx(1e-4, rel=0.01)
 
 
 def test_a_difference_of_tokens_passes_only_with_a_margin_that_explains_it() -> None:
