@@ -76,13 +76,19 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         found = fields["schema_version"]
+        if found == SCHEMA_VERSION:
+            return _parsed(fields)
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a manifest ({error}). Make the artifact again.") from error
-    if found != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path} has schema version {found}; this cdsurgery reads version {SCHEMA_VERSION}. Use the cdsurgery that "
-            "made it, or make the artifact again."
-        )
+            f"{path} is not a manifest ({type(error).__name__}: {error}). Make the artifact again."
+        ) from error
+    raise ArtifactError(
+        f"{path} has schema version {found}; this cdsurgery reads version {SCHEMA_VERSION}. Use the cdsurgery that "
+        "made it, or make the artifact again."
+    )
+
+
+def _parsed(fields: dict[str, Any]) -> Manifest:
     specs = {
         side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields["signature"][side])
         for side in ("inputs", "outputs")

@@ -1,7 +1,45 @@
-"""What holds for every test: one thread, as sums then have one order, and no log lines about tiny odd configs."""
+"""What holds for every test: one thread, as sums then have one order, and no log lines; and what several start from."""
 
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 import transformers
+from command_line import save_tiny_model
+
+from cdsurgery.cli.main import main
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shown(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The artifact that `demo --keep` left, and what the demo printed with --json."""
+    artifact = tmp_path_factory.mktemp("kept") / "artifact"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", io.StringIO())
+        assert main(["demo", "--model", str(folder), "--keep", str(artifact), "--lookback", "3", "--json"]) == 0
+        return artifact, json.loads(sys.stdout.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def transformers_as_it_was() -> Iterator[None]:
+    """The commands silence transformers for good, which is right for a process of their own only."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()

@@ -149,8 +149,9 @@ def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, 
     edit_manifest(copy, schema_version=2)
     with pytest.raises(ArtifactError, match="schema version 2; this cdsurgery reads version 1"):
         export.load(copy)
-    (copy / "cdsurgery.json").write_text("{")
-    with pytest.raises(ArtifactError, match="is not a manifest"):
-        export.load(copy)
+    for broken in ("{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "signature": {}}'):
+        (copy / "cdsurgery.json").write_text(broken)
+        with pytest.raises(ArtifactError, match="is not a manifest"):
+            export.load(copy)
     with pytest.raises(ArtifactError, match="is not an artifact"):
         export.load(tmp_path)
