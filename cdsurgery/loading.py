@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -41,7 +42,7 @@ def load_causal_lm(source: Source) -> PreTrainedModel:
         )
     try:
         return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidInputError(
             f"The weights of {source} could not be loaded: {_first_line(error)} Allowed are safetensors files; pickled "
             "weights are never loaded. Convert them with save_pretrained on a machine that trusts them."

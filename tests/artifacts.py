@@ -17,7 +17,7 @@ from torch import Tensor
 import cdsurgery
 from cdsurgery import ConfidentHead, export
 
-LOOKBACK = 3
+LOOKBACK = 2  # less than the depth allows, so that a candidate too deep shows
 EXPORTED = ("llama", "qwen3")
 _FOLDER = tempfile.TemporaryDirectory(prefix="artifacts-")
 atexit.register(_FOLDER.cleanup)

@@ -233,6 +233,15 @@ class RunsItsLayersTwice(Odd):
         return CausalLMOutputWithPast(logits=self.lm_head(twice))
 
 
+class HalvesBetweenItsLayers(Odd):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutputWithPast:
+        state = self.model.embed_tokens(input_ids)
+        rotary = self.model.rotary_emb(state, torch.arange(input_ids.shape[1])[None])
+        for layer in self.model.layers:
+            state = layer(state / 2, position_embeddings=rotary)
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(state)))
+
+
 class SharesOneLayer(Odd):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)

@@ -64,6 +64,16 @@ def test_prefill_and_continuation_equal_pytorch_at_every_shape_and_padding(famil
 
 
 @every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_graph_of_all_positions_reads_its_mask(family: str, side: str) -> None:
+    ids, mask = token_ids(4, 9), padded(4, 9, side)
+    found, truth = Client(artifact(family, "all"))(ids, mask), reference(family, ids, mask)
+    for row, column in mask.nonzero().tolist():
+        one = {name: value[row : row + 1, column : column + 1] for name, value in found.items() if value.ndim < 4}
+        assert_same(one, {name: truth[name][row : row + 1, column] for name in one})
+
+
+@every_family
 def test_each_row_equals_the_row_alone(family: str) -> None:
     client = Client(artifact(family))
     ids, mask = token_ids(4, 9), padded(4, 9, "left")

@@ -121,7 +121,7 @@ def test_import_loads_nothing_heavy_beyond_what_torch_and_transformers_load() ->
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_nothing_but_torch_transformers_and_the_standard_library(name: str) -> None:
     roots = {imported.partition(".")[0] for imported in imports(TREES[name])}
-    assert roots - sys.stdlib_module_names <= {"torch", "transformers", "cdsurgery"}
+    assert roots - sys.stdlib_module_names <= {"torch", "transformers", "safetensors", "cdsurgery"}
 
 
 @pytest.mark.parametrize("name", CORE)

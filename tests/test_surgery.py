@@ -226,6 +226,7 @@ REFUSED: list[tuple[type[PreTrainedModel], Any, str]] = [
     (families.MixesTheBatch, LLAMA, "model.norm -> extra -> lm_head mixes the rows of a batch"),
     (families.LooksAhead, LLAMA, "LooksAhead is not causal: later tokens change"),
     (families.RunsItsLayersTwice, LLAMA, r"'model.layers' \(its members ran in the order \[0, 1, 2, 3, 4, 5, 0, 1, 2"),
+    (families.HalvesBetweenItsLayers, LLAMA, "'model.layers.1' does not start from what 'model.layers.0' returned"),
     (families.SharesOneLayer, LLAMA, r"'model.layers' \(its members ran in the order \[0, 0, 0, 0, 0, 0\]"),
     (LlamaForCausalLM, LlamaConfig(**(LLAMA.to_dict() | {"num_hidden_layers": 1})), "has one decoder layer"),
     (LlamaModel, LLAMA, r"LlamaModel has no language head .*AutoModelForCausalLM"),
