@@ -30,7 +30,7 @@ runtimes disagree on a token."""
 EXAMPLE = "cdsurgery demo"
 
 # Python, because that is what the repository's own model knows.
-PROMPTS = ("def ", "class Error(", "    if not isinstance(")
+PROMPTS = ("def ", "def read(", "for name in ")
 NEW_TOKENS = 48
 
 
