@@ -33,6 +33,7 @@ from cdsurgery.export.runner import OnnxRunner
 from cdsurgery.export.signature import DTYPES, Positions, Signature, TensorSpec, decoder_signature
 from cdsurgery.export.staging import staged_folder
 from cdsurgery.export.verify import verify
+from cdsurgery.export.weights import multiply_in_place, name_weights
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 
@@ -71,10 +72,12 @@ def to_onnx(
         signature = decoder_signature(model, positions)
         graph = _trace(model, signature, positions)
         _name(graph, signature)
+        name_weights(graph, model)
+        multiply_in_place(graph)
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
         write_client_files(aside, model, tokenizer)
         manifest = _manifest(model, signature, positions)
-        report = verify(OnnxRunner(aside, manifest), model)
+        report = verify(OnnxRunner(aside, manifest, weights_in_place=True), model)
         if not report.passed:
             raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
         Manifest(**(vars(manifest) | {"files": describe_files(aside), "parity": report.to_dict()})).write(aside)
