@@ -31,6 +31,8 @@ class Manifest:
         signature: every input and output.
         files: name -> {"sha256": hex, "size": bytes} for every other file.
         parity: the report of the comparison with PyTorch that the artifact passed.
+        quantization: None, or {"scheme": "int8" or "int4", "head": whether the unembedding was quantised,
+            "float": names of the matrices that were not}.
     """
 
     schema_version: int
@@ -47,6 +49,7 @@ class Manifest:
     signature: Signature
     files: dict[str, dict[str, Any]]
     parity: dict[str, Any]
+    quantization: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, with the same bytes for the same contents."""

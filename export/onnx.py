@@ -29,6 +29,7 @@ from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.clients import GRAPH_FILE, write_client_files
 from cdsurgery.export.graph import DecoderGraph, sample_inputs
 from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
+from cdsurgery.export.quantization import Scheme, quantizable, quantize
 from cdsurgery.export.runner import OnnxRunner
 from cdsurgery.export.signature import DTYPES, Positions, Signature, TensorSpec, decoder_signature
 from cdsurgery.export.staging import staged_folder
@@ -47,6 +48,8 @@ def to_onnx(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     positions: Positions = "last",
+    quantization: Scheme | None = None,
+    quantize_head: bool = True,
 ) -> Path:
     """Export a wrapped model.
 
@@ -55,12 +58,14 @@ def to_onnx(
         folder: the artifact to make; it must not exist.
         tokenizer: saved beside the graph, for clients that take text.
         positions: "last" returns logits `[B, 1, V]` of each row's last real token; "all" `[B, S, V]`, for scoring.
+        quantization: "int4" (weights) or "int8" (weights and activations) quantises the matrices; None leaves them.
+        quantize_head: whether the unembedding, and with it a tied embedding, is among them.
 
     Returns:
         The folder.
 
     Raises:
-        InvalidInputError: the model is not wrapped, or `positions` is neither.
+        InvalidInputError: the model is not wrapped, or an option is none of those allowed.
         UnsupportedModelError: its dtype or cache cannot be exported.
         ArtifactError: the folder exists, or the graph does not agree with the model.
     """
@@ -68,16 +73,22 @@ def to_onnx(
         raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
     if positions not in ("last", "all"):
         raise InvalidInputError(f"positions is {positions!r}; it must be 'last' or 'all'.")
+    names = quantizable(model, quantization, quantize_head) if quantization else set()
     with staged_folder(folder) as aside:
         signature = decoder_signature(model, positions)
         graph = _trace(model, signature, positions)
         _name(graph, signature)
         name_weights(graph, model)
         multiply_in_place(graph)
+        record = None
+        if quantization:
+            done = quantize(graph, quantization, names)
+            left = [name for name, weight in model.named_parameters() if weight.ndim > 1 and name not in done]
+            record = {"scheme": quantization, "head": quantize_head, "float": left}
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
         write_client_files(aside, model, tokenizer)
-        manifest = _manifest(model, signature, positions)
-        report = verify(OnnxRunner(aside, manifest, weights_in_place=True), model)
+        manifest = _manifest(model, signature, positions, record)
+        report = verify(OnnxRunner(aside, manifest, weights_in_place=not quantization), model)
         if not report.passed:
             raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
         Manifest(**(vars(manifest) | {"files": describe_files(aside), "parity": report.to_dict()})).write(aside)
@@ -152,7 +163,7 @@ def _check_fixed_axes(value: onnx_ir.Value, spec: TensorSpec) -> None:
         )
 
 
-def _manifest(model: Any, signature: Signature, positions: Positions) -> Manifest:
+def _manifest(model: Any, signature: Signature, positions: Positions, quantization: dict[str, Any] | None) -> Manifest:
     config = model.confident
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -169,4 +180,5 @@ def _manifest(model: Any, signature: Signature, positions: Positions) -> Manifes
         signature=signature,
         files={},
         parity={},
+        quantization=quantization,
     )

@@ -49,6 +49,7 @@ class OnnxRunner(GenerationMixin):
 
     Attributes:
         config, generation_config: as the exported model had them.
+        folder: of the artifact.
         manifest: what the artifact says of itself.
         session: the ONNX Runtime session.
         device: where its tensors live; the CPU.
@@ -77,7 +78,7 @@ class OnnxRunner(GenerationMixin):
                 "that brings it (pip install 'cdsurgery[gpu]' for CUDA), or choose from these."
             )
         path = Path(folder)
-        self.manifest = manifest
+        self.folder, self.manifest = path, manifest
         self.config = AutoConfig.from_pretrained(path)
         self.generation_config = GenerationConfig.from_pretrained(path)
         self.dtype = getattr(torch, manifest.dtype)

@@ -10,18 +10,23 @@ Tokens: greedy texts from both; where they part, the margin of the choice is sho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
+from cdsurgery.export.dequantization import borrowed_weights
+from cdsurgery.export.noise import NoiseReport, rounding_noise
 from cdsurgery.export.report import TOLERANCES, Report, logit_scale, scan_margin
 from cdsurgery.export.runner import OnnxRunner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
+
+AnyReport = Report | NoiseReport
 
 # (batch, prompt, first continuation, second continuation)
 SHAPES = ((1, 1, 1, 1), (1, 7, 1, 5), (2, 3, 1, 1), (2, 16, 4, 1), (3, 9, 2, 7), (4, 5, 1, 3), (1, 33, 1, 1))
@@ -35,7 +40,7 @@ def verify(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     new_tokens: int = 8,
-) -> Report:
+) -> AnyReport:
     """Compare an artifact with the wrapped model it was made from.
 
     Args:
@@ -44,15 +49,19 @@ def verify(
         prompts: token ids to decode greedily from; None takes a few random ones.
         new_tokens: to decode for each prompt.
 
+    A quantised artifact is compared with the model under the artifact's own weights, which must be roundings of the
+    model's.
+
     Raises:
         InvalidInputError: the model is not wrapped, or with other options.
-        ArtifactError: the artifact cannot be opened.
+        ArtifactError: the artifact cannot be opened, or its quantised weights are not those of the model.
     """
     runner = artifact if isinstance(artifact, OnnxRunner) else load(artifact)
     _check_options(runner, model)
-    report = Report(TOLERANCES[runner.manifest.dtype], runner.manifest.layers)
     generator = torch.Generator().manual_seed(0)
-    with at_rest(model):  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
+    # A wrapped model is a PreTrainedModel too.
+    with at_rest(model), borrowed_weights(runner.folder, model) as quantized:  # type: ignore[arg-type]
+        report = _report(runner, model, quantized, generator)
         for shape in SHAPES:
             for padding in PADDINGS:
                 _compare_shape(report, runner, model, shape, padding, generator)
@@ -63,6 +72,14 @@ def verify(
         for first in range(0, len(prompts), TEXTS_AT_ONCE):
             _compare_texts(report, runner, model, prompts[first : first + TEXTS_AT_ONCE], new_tokens)
     return report
+
+
+def _report(runner: OnnxRunner, model: Any, quantized: Collection[str], generator: torch.Generator) -> AnyReport:
+    """An empty report of the kind that the artifact's arithmetic asks for."""
+    made = runner.manifest
+    if made.quantization is None or made.quantization["scheme"] != "int8":
+        return Report(TOLERANCES[made.dtype], made.layers)
+    return NoiseReport(made.layers, rounding_noise(model, quantized, generator), MEASURES[made.measure])
 
 
 def _check_options(runner: OnnxRunner, model: Any) -> None:
@@ -80,7 +97,7 @@ def _check_options(runner: OnnxRunner, model: Any) -> None:
 
 
 def _compare_shape(
-    report: Report, runner: OnnxRunner, model: Any, shape: Sequence[int], padding: str, generator: torch.Generator
+    report: AnyReport, runner: OnnxRunner, model: Any, shape: Sequence[int], padding: str, generator: torch.Generator
 ) -> None:
     """Prefill, then continue the cache twice, in both runtimes, each with its own cache."""
     batch, *chunks = shape
@@ -132,7 +149,9 @@ def _spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
         start += chunk
 
 
-def _compare_texts(report: Report, runner: Any, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def _compare_texts(
+    report: AnyReport, runner: Any, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> None:
     """Decode a left-padded batch greedily in both runtimes; where a text parts, look at what the choice hung on."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])

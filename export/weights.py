@@ -55,12 +55,10 @@ def multiply_in_place(graph: onnx_ir.Model) -> None:
 
 def transposed_weight(node: onnx_ir.Node) -> onnx_ir.Value | None:
     """W `[N, K]`, an initializer, where the node is MatMul(x, Transpose(W)); None for any other node."""
-    if node.op_type != "MatMul" or (transpose := node.inputs[1].producer()) is None:
-        return None
-    weight = transpose.inputs[0]
-    if transpose.op_type != "Transpose" or weight.const_value is None or len(array(weight).shape) != 2:
-        return None
-    return weight
+    factor = node.inputs[1] if node.op_type == "MatMul" else None
+    transpose = factor.producer() if factor is not None else None
+    weight = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
+    return weight if weight is not None and weight.is_initializer() and array(weight).ndim == 2 else None
 
 
 def array(weight: onnx_ir.Value) -> np.ndarray[Any, Any]:

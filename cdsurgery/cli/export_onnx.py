@@ -32,18 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="last",
         help="logits for the last token only, as decoding needs (default), or for all, as scoring does",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("int4", "int8"),
+        help="round the matrices to 4 bits, or to 8 bits and the activations with them (default: leave them)",
+    )
+    parser.add_argument(
+        "--keep-head", action="store_true", help="leave the unembedding, and a tied embedding, out of --quantize"
+    )
     add_wrapping_arguments(parser)
 
 
 def run(options: argparse.Namespace, screen: Screen) -> bool:
     """Load, wrap, export."""
     check_free(options.folder)
+    if options.keep_head and options.quantize is None:
+        raise InvalidInputError("--keep-head says what not to quantise; it needs --quantize int4 or --quantize int8.")
     config = wrapping_config(options)
     model = load(options.model, screen)
     tokenizer = load_tokenizer(options.model)
     wrapped = wrap(model, config, screen)
     with screen.stage("Exporting to ONNX"):
-        folder = import_export().to_onnx(wrapped, options.folder, tokenizer=tokenizer, positions=options.positions)
+        folder = import_export().to_onnx(
+            wrapped,
+            options.folder,
+            tokenizer=tokenizer,
+            positions=options.positions,
+            quantization=options.quantize,
+            quantize_head=not options.keep_head,
+        )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
     screen.result({"artifact": str(folder), "positions": options.positions, "files": sizes}, _table(sizes))
     screen.err.print(f"Check it: cdsurgery verify {options.folder} --against {options.model}", style="dim")
