@@ -32,7 +32,7 @@ from cdsurgery.export.weights import array, replace_node
 
 Scheme = Literal["int8", "int4"]
 
-# The block of llama.cpp's Q4_0 and of onnxruntime-genai's builder: 4.5 bits a weight with float16 scales, 5 with float32.
+# What llama.cpp's Q4_0 and onnxruntime-genai's builder use: 5 bits a weight with float32 scales.
 BLOCK_SIZE = 32
 
 

@@ -114,16 +114,17 @@ def _compare_shape(
         }
         found = runner(**inputs, past_key_values=ours)
         on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        truth = model(**on_device, past_key_values=theirs, use_cache=True)
-        ours = found.past_key_values
-        real = mask[:, start:end].bool()
+        ours, length = found.past_key_values, end - start
+        real, first = mask[:, start:end].bool(), 0
         if runner.manifest.positions == "last":
-            last = (real * torch.arange(1, end - start + 1)).amax(dim=-1, keepdim=True) - 1
-            kept = (torch.arange(batch)[:, None], last.clamp(min=0))
-            truth_rows = [truth[name].cpu()[kept] for name in _FIELDS]
-            real = real[kept]
-        else:
-            truth_rows = [truth[name].cpu() for name in _FIELDS]
+            last = ((real * torch.arange(1, length + 1)).amax(dim=-1, keepdim=True) - 1).clamp(min=0)
+            first = int(last.min())
+        # Rows that are not compared are not projected: M x V numbers each, several times over in an entropy.
+        truth = model(**on_device, past_key_values=theirs, use_cache=True, logits_to_keep=length - first)
+        truth_rows = [truth[name].cpu() for name in _FIELDS]
+        if runner.manifest.positions == "last":
+            texts = torch.arange(batch)[:, None]
+            truth_rows, real = [rows[texts, last - first] for rows in truth_rows], real[texts, last]
         report.add_rows([found[name][real] for name in _FIELDS], [rows[real] for rows in truth_rows])
 
 
