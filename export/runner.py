@@ -12,20 +12,29 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin
+from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.clients import GRAPH_FILE
 from cdsurgery.export.manifest import Manifest, check_files, read_manifest
-from cdsurgery.export.signature import cache_tensors, empty_past
+from cdsurgery.export.signature import empty_past
+from cdsurgery.export.states import build_cache, cache_states
 from cdsurgery.output import ConfidentOutput
 
 
 @dataclass
 class RunnerOutput(ConfidentOutput, CausalLMOutputWithPast):
-    """What one run returns: a `ConfidentOutput` with `past_key_values`."""
+    """What one run returns: a `ConfidentOutput` with `past_key_values`.
+
+    Attributes:
+        logprobs, final_logprobs: `[B, S]` float32 nats, from an artifact that scores: of the targets, by the selected
+            and by the final layer; 0 where a label is negative. It has no logits.
+    """
+
+    logprobs: Tensor | None = None
+    final_logprobs: Tensor | None = None
 
 
 def load(folder: str | os.PathLike[str], providers: Sequence[str] | None = None) -> OnnxRunner:
@@ -75,7 +84,7 @@ class OnnxRunner(GenerationMixin):
         self.manifest = manifest
         self.config = AutoConfig.from_pretrained(path)
         self.generation_config = GenerationConfig.from_pretrained(path)
-        self.dtype = getattr(torch, manifest.dtype)
+        self.dtype = torch.float32 if manifest.options.upcast else getattr(torch, manifest.dtype)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         try:
@@ -89,6 +98,7 @@ class OnnxRunner(GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        targets: Tensor | None = None,
         **options: Any,
     ) -> RunnerOutput:
         """Run the graph on new tokens.
@@ -98,38 +108,70 @@ class OnnxRunner(GenerationMixin):
             attention_mask: `[B, P+S]`, 0 for padding on either side; None for all ones.
             position_ids: `[B, S]`; None counts the mask.
             past_key_values: what an earlier run returned; None or empty to begin.
+            targets: `[B, S]` int64 in [0, V), the token wanted after each, negative for none; for an artifact made with
+                positions="score", and for no other.
             **options: `generate` passes its own (`use_cache`, `return_dict`, ...); they change nothing here.
 
         Returns:
             logits and final_logits `[B, T, V]`, selected_layer `[B, T]`, entropy `[B, T, M]`, past_key_values. T is 1,
-            or S in an artifact made with positions="all".
+            or S in an artifact made with positions="all". With positions="score" log-probabilities instead of logits.
 
         Raises:
             InvalidInputError: shapes do not fit each other, or a token or position is out of range.
         """
         past = _past_tensors(past_key_values)
-        cached = past[0].shape[-2] if past else 0
+        cached = past_key_values.get_seq_length() if past and past_key_values is not None else 0
         batch, length = self._check_tokens(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones(batch, cached + length, dtype=torch.int64)
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
         self._check_shapes(input_ids, attention_mask, position_ids, cached)
-        specs = self.manifest.signature.past
-        past = past or empty_past(self.manifest.signature, self.dtype, batch)
         feed = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        self._check_targets(targets, input_ids)
+        if targets is not None:
+            feed["targets"] = targets
+        signature = self.manifest.signature
         arrays = {name: tensor.long().contiguous().numpy() for name, tensor in feed.items()}
-        arrays |= {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(specs, past, strict=True)}
+        past = past or empty_past(signature, batch)
+        arrays |= {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(signature.past, past, strict=True)}
         outputs: list[np.ndarray[Any, Any]] = self.session.run(None, arrays)
         tensors = [torch.from_numpy(array) for array in outputs]
-        logits, final_logits, selected_layer, entropy, *present = tensors
-        return RunnerOutput(
-            logits=logits,
-            past_key_values=DynamicCache(zip(present[::2], present[1::2], strict=True)),
-            final_logits=final_logits,
-            selected_layer=selected_layer,
-            entropy=entropy,
-        )
+        results: dict[str, Any] = dict(zip([spec.name for spec in signature.results], tensors, strict=False))
+        cache = build_cache([spec.name for spec in signature.past], tensors[len(results) :])
+        return RunnerOutput(past_key_values=cache, **results)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = 128) -> RunnerOutput:
+        """How likely the model finds a text: the log-probability of every token but the first, given those before.
+
+        Args:
+            input_ids: `[B, S]` int64 in [0, V), S at least 2.
+            attention_mask: `[B, S]`, 0 for padding on either side; None for all ones.
+            chunk: tokens a run, each continuing the cache of the one before; what is held is `B x chunk x V`.
+
+        Returns:
+            logprobs and final_logprobs `[B, S-1]`, 0 where the token or the one before it is padding; selected_layer
+            `[B, S-1]`, entropy `[B, S-1, M]`.
+
+        Raises:
+            InvalidInputError: the artifact was not made with positions="score", or the text has no second token.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+            raise InvalidInputError(
+                f"input_ids has shape {list(input_ids.shape)}; to score a text it must be [batch, sequence] with at "
+                "least two tokens."
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        targets = input_ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -1)
+        past, runs = None, []
+        for start in range(0, targets.shape[1], chunk):
+            end = min(start + chunk, targets.shape[1])
+            run = self(input_ids[:, start:end], mask[:, :end], past_key_values=past, targets=targets[:, start:end])
+            past = run.past_key_values
+            runs.append(run)
+        fields = [spec.name for spec in self.manifest.signature.results]
+        whole: dict[str, Any] = {name: torch.cat([run[name] for run in runs], dim=1) for name in fields}
+        return RunnerOutput(**whole)
 
     forward = __call__  # where generate looks for the signature
 
@@ -157,6 +199,21 @@ class OnnxRunner(GenerationMixin):
             raise InvalidInputError(f"input_ids holds ids from {low} to {high}; allowed are 0 to {vocabulary - 1}.")
         return input_ids.shape[0], input_ids.shape[1]
 
+    def _check_targets(self, targets: Tensor | None, input_ids: Tensor) -> None:
+        positions = self.manifest.options.positions
+        if (targets is not None) != (positions == "score"):
+            raise InvalidInputError(
+                f"This artifact was made with positions={positions!r}, which takes "
+                f"{'targets' if positions == 'score' else 'no targets'}. Only an artifact made with positions='score' "
+                "scores, and it does nothing else."
+            )
+        vocabulary = self.config.get_text_config().vocab_size
+        if targets is not None and (targets.shape != input_ids.shape or int(targets.max()) >= vocabulary):
+            raise InvalidInputError(
+                f"targets has shape {list(targets.shape)} and ids up to {int(targets.max())}; it must have the shape "
+                f"of input_ids, {list(input_ids.shape)}, and ids up to {vocabulary - 1}, negative for none."
+            )
+
     def _check_shapes(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cached: int) -> None:
         batch, length = input_ids.shape
         if list(mask.shape) != [batch, cached + length]:
@@ -177,7 +234,7 @@ class OnnxRunner(GenerationMixin):
 
 
 def _past_tensors(cache: Cache | None) -> list[Tensor]:
-    """Keys and values of all layers in turn; empty for a cache that holds nothing yet."""
+    """What all layers hold, in the order of the signature; empty for a cache that holds nothing yet."""
     if cache is None or cache.get_seq_length() == 0:
         return []
-    return cache_tensors(cache)
+    return [state for _, _, state in cache_states(cache)]
