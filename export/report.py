@@ -43,7 +43,8 @@ class Report:
         noise: how far PyTorch itself is from the same model in a wider dtype, on the same rows; measured only where a
             difference is above the tolerance. A model that amplifies rounding is allowed NOISE_FACTOR times as much.
         depth: L, the layers of the model.
-        rows: rows compared; excluded: those of them too close to call.
+        rows: rows compared; excluded: those of them too close to call; rerouted: those of them far apart because a
+            router came closer to other experts than the runtimes agree.
         final_logits, logits: largest difference relative to the row's largest logit.
         entropy: the same for entropies; entropy_nats: their largest difference.
         layers: rows, outside of the excluded ones, where the selected layers differ.
@@ -56,6 +57,7 @@ class Report:
     depth: int
     rows: int = 0
     excluded: int = 0
+    rerouted: int = 0
     moved: int = 0
     final_logits: float = 0.0
     logits: float = 0.0
@@ -87,23 +89,35 @@ class Report:
     def passed(self) -> bool:
         """Everything within what is allowed, and something was compared."""
         explained = all(self._explained(parting) for parting in self.partings)
-        return self.close and self.layers == 0 and self.rows > self.excluded and explained
+        return self.close and self.layers == 0 and self.rows > self.excluded + self.rerouted and explained
 
-    def add_rows(self, found: Sequence[Tensor], truth: Sequence[Tensor], scale: Tensor | None = None) -> None:
+    def add_rows(
+        self,
+        found: Sequence[Tensor],
+        truth: Sequence[Tensor],
+        scale: Tensor | None = None,
+        routing: Tensor | None = None,
+    ) -> None:
         """Count R rows in: logits `[R, V]`, final logits `[R, V]`, selected layers `[R]` and entropies `[R, M]`.
 
         A graph that scores has log-probabilities `[R, 1]` in place of logits, and needs the `scale` `[R, 1]` of the
-        logits that they are made of.
+        logits that they are made of. `routing` `[R]` is the row's closest call between experts, as in `RoutingMargins`.
 
         Too close to call is a row whose scan compared two entropies that lie no farther apart than twice what the two
         runtimes differ by in this row: either layer is right. On all others the layers must be equal.
         """
+        self.rows += len(found[2])
+        if routing is not None:
+            far = ((found[1].double() - truth[1].double()) / _scale(truth, scale)).abs().amax(dim=-1)
+            kept = ~((far > self.tolerance.logits) & (routing <= 2 * self.tolerance.logits))
+            self.rerouted += int((~kept).sum())
+            found, truth = [field[kept] for field in found], [field[kept] for field in truth]
+            scale = scale[kept] if scale is not None else None
         logits, final_logits, layers, entropy = found
         true_logits, true_final_logits, true_layers, true_entropy = truth
-        scale = logit_scale(true_final_logits) if scale is None else scale
+        scale = _scale(truth, scale)
         nats = (entropy - true_entropy).abs()
         clear = scan_margin(true_entropy) > 2 * nats.amax(dim=-1)
-        self.rows += len(layers)
         self.excluded += int((~clear).sum())
         self.moved += int((layers < self.depth).sum())
         self.final_logits = max(self.final_logits, _relative(final_logits, true_final_logits, scale))
@@ -121,7 +135,8 @@ class Report:
 
     def _explained(self, parting: dict[str, Any]) -> bool:
         near_layer = parting["layer_margin"] <= 2 * self.allowed.entropy
-        return bool(near_layer or parting["token_margin"] <= 2 * self.allowed.logits)
+        near = min(parting["token_margin"], parting["routing_margin"]) <= 2 * self.allowed.logits
+        return bool(near_layer or near)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, with `passed` and `allowed`."""
@@ -133,8 +148,9 @@ class Report:
             ("final logits", f"{self.final_logits:.1e} relative", f"{t.logits:.1e}"),
             ("selected logits", f"{self.logits:.1e} relative", f"{t.logits:.1e}"),
             ("entropies", f"{self.entropy:.1e} relative, {self.entropy_nats:.1e} nats", f"{t.entropy:.1e}"),
-            ("selected layers", f"{self.layers} of {self.rows - self.excluded} rows differ", "0"),
+            ("selected layers", f"{self.layers} of {self.rows - self.excluded - self.rerouted} rows differ", "0"),
             ("too close to call", f"{self.excluded} of {self.rows} rows ({_share(self.excluded, self.rows)})", "shown"),
+            ("other experts", f"{self.rerouted} of {self.rows} rows ({_share(self.rerouted, self.rows)})", "shown"),
             ("rows moved", f"{self.moved} of {self.rows} ({_share(self.moved, self.rows)})", "shown"),
             ("greedy tokens", f"{self.tokens_equal} of {self.tokens} equal, {self.texts} texts", "or explained"),
         ]
@@ -149,7 +165,8 @@ class Report:
             verdict = "explained" if self._explained(parting) else "NOT explained"
             table.append(
                 f"text {parting['text']} parts at token {parting['step']}: layer margin {parting['layer_margin']:.1e} "
-                f"relative, token margin {parting['token_margin']:.1e} relative: {verdict}"
+                f"relative, token margin {parting['token_margin']:.1e} relative, margin between experts "
+                f"{parting['routing_margin']:.1e}: {verdict}"
             )
         return "\n".join([*table, "passed" if self.passed else "FAILED"])
 
@@ -173,6 +190,10 @@ def scan_margin(entropy: Tensor) -> Tensor:
 def logit_scale(logits: Tensor) -> Tensor:
     """The largest magnitude in each row of logits `[..., V]`, `[..., 1]` float32."""
     return logits.float().abs().amax(dim=-1, keepdim=True)
+
+
+def _scale(truth: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+    return logit_scale(truth[1]) if scale is None else scale
 
 
 def _relative(found: Tensor, truth: Tensor, scale: Tensor) -> float:

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.export.precision import computing_model
 from cdsurgery.export.report import TOLERANCES, Report, logit_scale, scan_margin
+from cdsurgery.export.routing import RoutingMargins
 from cdsurgery.export.runner import OnnxRunner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
@@ -112,6 +113,7 @@ def _compare_shape(
     mask = _padded_mask(batch, chunks, padding)
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     caches: list[Any] = [None, None]
+    closest = torch.ones(batch, 1)
     for start, end in _spans(chunks):
         inputs = {
             "input_ids": ids[:, start:end],
@@ -120,14 +122,16 @@ def _compare_shape(
         }
         targets, real = ids[:, start + 1 : end + 1], mask[:, start:end].bool()
         kept = _last_rows(real) if _positions(found) == "last" else tuple(real.nonzero().unbind(-1))
-        sides = []
-        for side, model in enumerate((found, truth)):
-            run = _run(model, inputs, caches[side], targets)
-            caches[side] = run.past_key_values
-            sides.append(run)
+        sides = [_run(found, inputs, caches[0], targets)]
+        with RoutingMargins(batch, end - start) as routing:
+            sides.append(_run(truth, inputs, caches[1], targets))
+        caches = [run.past_key_values for run in sides]
+        # A token that goes to other experts changes all that attend to it.
+        closest = torch.cat([closest, routing.margins], dim=1).cummin(dim=1).values[:, 1:]
         scored = _positions(found) == "score"
         ours, theirs = (_rows(run, kept, targets if scored else None) for run in sides)
-        report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[kept]))
+        report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[kept]), closest[kept])
+        closest = closest[:, -1:]
 
 
 def _positions(model: Any) -> str:
@@ -198,12 +202,14 @@ def _compare_texts(report: Report, runner: Any, model: Any, prompts: Sequence[Se
             continue
         step = int(differing[0])
         before = torch.tensor([[*prompt, *their_text[:step].tolist()]], device=model.device)
-        row = model(before, logits_to_keep=1)
+        with RoutingMargins(*before.shape) as routing:
+            row = model(before, logits_to_keep=1)
         logits = row.logits[0, 0].float()
         scale = logit_scale(row.final_logits)[0, 0].clamp(min=1)
         parting = {
             "text": report.texts,
             "layer_margin": float(scan_margin(row.entropy) / scale),
             "token_margin": float((logits[their_text[step]] - logits[our_text[step]]).abs() / scale),
+            "routing_margin": float(routing.margins.min()),
         }
         report.add_text(step, parting)
