@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdsurgery.errors import ArtifactError
+from cdsurgery.export.clients import GRAPH_FILE
 from cdsurgery.export.signature import Positions, Signature, TensorSpec
 
 NAME = "cdsurgery.json"
@@ -100,8 +101,14 @@ def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        ArtifactError: a file is missing, is not a plain file of this folder, or was changed.
+        ArtifactError: a file is missing, is not a plain file of this folder, or was changed; or the manifest leaves out
+            what no artifact is without.
     """
+    if absent := [name for name in (GRAPH_FILE, "config.json") if name not in manifest.files]:
+        raise ArtifactError(
+            f"The manifest of {folder} does not list {', '.join(absent)}, so nothing says what should be there. Make "
+            "the artifact again."
+        )
     for name, expected in manifest.files.items():
         path = Path(folder) / name
         if Path(name).name != name or path.is_symlink() or not path.is_file():

@@ -140,7 +140,8 @@ def test_a_truncated_a_missing_and_a_linked_file_are_refused(copy: Path, tmp_pat
 
 def test_a_manifest_that_points_out_of_the_folder_is_refused(copy: Path) -> None:
     save_file({"x": torch.zeros(1)}, copy.parent / "secret")
-    edit_manifest(copy, files={"../secret": {"sha256": "", "size": 0}})
+    files = json.loads((copy / "cdsurgery.json").read_text())["files"]
+    edit_manifest(copy, files=files | {"../secret": {"sha256": "", "size": 0}})
     with pytest.raises(ArtifactError, match="not a plain file of the artifact"):
         export.load(copy)
 
