@@ -31,6 +31,7 @@ class Manifest:
         dtype, positions, opset: of the graph.
         signature: every input and output.
         files: name -> {"sha256": hex, "size": bytes} for every other file.
+        not_for: client -> why it cannot run this artifact.
         parity: the report of the comparison with PyTorch that the artifact passed.
     """
 
@@ -47,6 +48,7 @@ class Manifest:
     opset: int
     signature: Signature
     files: dict[str, dict[str, Any]]
+    not_for: dict[str, str]
     parity: dict[str, Any]
 
     def write(self, folder: Path) -> None:

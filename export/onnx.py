@@ -72,8 +72,8 @@ def to_onnx(
         graph = _trace(model, signature, positions)
         _name(graph, signature)
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
-        write_client_files(aside, model, tokenizer)
-        manifest = _manifest(model, signature, positions)
+        not_for = write_client_files(aside, model, signature, tokenizer)
+        manifest = _manifest(model, signature, positions, not_for)
         report = verify(OnnxRunner(aside, manifest), model)
         if not report.passed:
             raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
@@ -149,7 +149,7 @@ def _check_fixed_axes(value: onnx_ir.Value, spec: TensorSpec) -> None:
         )
 
 
-def _manifest(model: Any, signature: Signature, positions: Positions) -> Manifest:
+def _manifest(model: Any, signature: Signature, positions: Positions, not_for: dict[str, str]) -> Manifest:
     config = model.confident
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -165,5 +165,6 @@ def _manifest(model: Any, signature: Signature, positions: Positions) -> Manifes
         opset=OPSET,
         signature=signature,
         files={},
+        not_for=not_for,
         parity={},
     )
