@@ -12,6 +12,7 @@ from typing import Any
 
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.errors import ArtifactError
+from cdsurgery.export.clients import GRAPH_FILE
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.signature import Signature, TensorSpec
 
@@ -33,6 +34,7 @@ class Manifest:
         options, opset: of the graph.
         signature: every input and output.
         files: name -> {"sha256": hex, "size": bytes} for every other file.
+        not_for: client -> why it cannot run this artifact.
         parity: the report of the comparison with PyTorch that the artifact passed; None where there was none.
     """
 
@@ -46,6 +48,7 @@ class Manifest:
     opset: int
     signature: Signature
     files: dict[str, dict[str, Any]]
+    not_for: dict[str, str]
     parity: dict[str, Any] | None
 
     def write(self, folder: Path) -> None:
@@ -105,8 +108,14 @@ def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        ArtifactError: a file is missing, is not a plain file of this folder, or was changed.
+        ArtifactError: a file is missing, is not a plain file of this folder, or was changed; or the manifest leaves out
+            what no artifact is without.
     """
+    if absent := [name for name in (GRAPH_FILE, "config.json") if name not in manifest.files]:
+        raise ArtifactError(
+            f"The manifest of {folder} does not list {', '.join(absent)}, so nothing says what should be there. Make "
+            "the artifact again."
+        )
     for name, expected in manifest.files.items():
         path = Path(folder) / name
         if Path(name).name != name or path.is_symlink() or not path.is_file():

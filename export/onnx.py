@@ -85,8 +85,8 @@ def to_onnx(
         if upcast:
             narrow_weights_(graph, model.dtype)  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
-        write_client_files(aside, model, tokenizer)
-        manifest = _manifest(model, signature, options)
+        not_for = write_client_files(aside, model, signature, tokenizer)
+        manifest = _manifest(model, signature, options, not_for)
         report = verify(OnnxRunner(aside, manifest, providers), model) if parity else None
         if report is not None and not report.passed:
             raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
@@ -164,7 +164,7 @@ def _check_fixed_axes(value: onnx_ir.Value, spec: TensorSpec) -> None:
         )
 
 
-def _manifest(model: Any, signature: Signature, options: GraphOptions) -> Manifest:
+def _manifest(model: Any, signature: Signature, options: GraphOptions, not_for: dict[str, str]) -> Manifest:
     config = model.confident
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -177,5 +177,6 @@ def _manifest(model: Any, signature: Signature, options: GraphOptions) -> Manife
         opset=OPSET,
         signature=signature,
         files={},
+        not_for=not_for,
         parity=None,
     )

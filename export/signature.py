@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from cdsurgery.errors import InvalidInputError
+from cdsurgery.errors import InvalidInputError, UnsupportedModelError
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.states import PARTS, cache_states
 from cdsurgery.probe import at_rest, probe_inputs
@@ -42,8 +42,13 @@ class Signature:
 
     @property
     def past(self) -> tuple[TensorSpec, ...]:
-        """The inputs that hold the cache, layer by layer; `present` in the outputs has the same order."""
+        """The inputs that hold the cache, layer by layer."""
         return tuple(spec for spec in self.inputs if spec.name.startswith("past"))
+
+    @property
+    def present(self) -> tuple[TensorSpec, ...]:
+        """The outputs that hold the cache, in the order of `past`."""
+        return tuple(spec for spec in self.outputs if spec.name.startswith("present."))
 
     @property
     def results(self) -> tuple[TensorSpec, ...]:
@@ -107,7 +112,13 @@ def _probe_states(model: Any) -> list[tuple[int, str, Tensor]]:
     cache = DynamicCache(config=model.config)
     with at_rest(model):
         model(**probe_inputs(model), past_key_values=cache, use_cache=True)
-    return list(cache_states(cache))
+    states = list(cache_states(cache))
+    if all(PARTS[part].growing is None for _, part, _ in states):
+        raise UnsupportedModelError(
+            f"No layer of this {type(model).__name__} keeps keys and values, so its cache does not know how many tokens "
+            "it has seen. Models with some attention can be exported."
+        )
+    return states
 
 
 def empty_past(signature: Signature, batch: int, past: int = 0) -> list[Tensor]:
