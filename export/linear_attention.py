@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
-import onnx_ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +21,9 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.exporters.utils import patch_attributes
 
+from cdsurgery.errors import UnsupportedModelError
 from cdsurgery.export.delta_rule import DOMAIN, NAME
-
-Target = Literal["portable", "cpu", "cuda"]
+from cdsurgery.export.options import Target
 
 # The names that qwen3_5, qwen3_5_moe, qwen3_next and olmo_hybrid have for them in transformers 5.23:
 # https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen3_5/modeling_qwen3_5.py#L254
@@ -36,8 +35,8 @@ CONVOLUTION = "causal_conv1d_fn"
 def traceable_linear_attention(model: nn.Module, target: Target) -> Iterator[None]:
     """Inside, a model with gated delta rule layers can be traced, not run; on leaving, it is as it was.
 
-    Trace it with two or more new tokens and a cache whose linear layers come from `linear_layer`. The graph is then
-    right for one token too, and from an empty past. Another model is left alone.
+    Trace it with two or more new tokens and a cache of `build_cache`. The graph is then right for one token too, and
+    from an empty past. Another model is left alone.
 
     Args:
         target: "cpu" and "cuda" leave ONNX Runtime's operators in the graph (com.microsoft::LinearAttention and
@@ -56,47 +55,17 @@ def traceable_linear_attention(model: nn.Module, target: Target) -> Iterator[Non
         yield
 
 
-def linear_layer(conv_state: Tensor, recurrent_state: Tensor) -> LinearAttentionLayer:
-    """The cache layer of a linear-attention layer, from its states; zeros are those of an empty past.
+def check_linear_attention(model: nn.Module) -> None:
+    """Refuse a model whose linear attention is of another kind than the gated delta rule.
 
-    Args:
-        conv_state: `[B, C, kernel - 1]`, what the convolution saw last. transformers keeps one more that nothing reads.
-        recurrent_state: `[B, Hv, Dk, Dv]`; a state of another dtype than float32 is made float32.
+    Raises:
+        UnsupportedModelError: its states would be right for the lengths of the example only.
     """
-    layer = LinearAttentionLayer()
-    layer.device, layer.dtype = conv_state.device, conv_state.dtype
-    layer.conv_states[0], layer.recurrent_states[0] = conv_state, recurrent_state.float()
-    layer.conv_kernel_size[0] = conv_state.shape[-1]
-    for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state):
-        flags[0] = True
-    return layer
-
-
-def linear_states(layer: LinearAttentionLayer, kernel: int) -> tuple[Tensor, Tensor]:
-    """The states of a cache layer that a model has filled, as `linear_layer` takes them.
-
-    Args:
-        kernel: the length of the convolution, `config.linear_conv_kernel_dim`.
-    """
-    conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
-    assert conv is not None
-    assert recurrent is not None
-    return conv if conv.shape[-1] < kernel else conv[..., 1 - kernel :], recurrent
-
-
-def keep_float32(value: onnx_ir.Value) -> None:
-    """Give a graph its recurrent state in float32, which transformers' exporter has cast to the model's dtype.
-
-    The first thing that happens to that input is `linear_layer`'s cast back to float32: that node goes.
-    """
-    if value.dtype == onnx_ir.DataType.FLOAT:
-        return
-    for node in value.consumers():
-        if node.op_type != "Cast":
-            raise ValueError(f"'{value.name}' is read by a {node.op_type} before it is cast to float32.")
-        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
-        node.graph.remove(node, safe=True)
-    value.dtype = onnx_ir.DataType.FLOAT
+    if not _modules(model):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} keeps convolution or recurrent states, and its layers have no gated delta "
+            "rule. Of linear attention that is the one kind that can be exported (qwen3_5, qwen3_next, olmo_hybrid)."
+        )
 
 
 def _modules(model: nn.Module) -> list[ModuleType]:

@@ -27,7 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.clients import GRAPH_FILE, write_client_files
+from cdsurgery.export.delta_rule import expand_delta_rule
 from cdsurgery.export.graph import DecoderGraph, sample_inputs
+from cdsurgery.export.linear_attention import traceable_linear_attention
 from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
 from cdsurgery.export.options import GraphOptions, Positions, Target
 from cdsurgery.export.precision import computing_model, narrow_weights_, providers_for
@@ -106,8 +108,11 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     fusions = None if options.target == "portable" else options.target
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
-    with at_rest(model), DecoderGraph(model, signature, options) as graph, _quiet():
-        return exporter().export(graph, inputs, config=config).program
+    tracing = traceable_linear_attention(model, options.target)
+    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, _quiet():
+        program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
+    expand_delta_rule(program)
+    return program
 
 
 @contextmanager

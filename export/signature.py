@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cdsurgery.errors import InvalidInputError, UnsupportedModelError
+from cdsurgery.export.linear_attention import check_linear_attention
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.states import PARTS, cache_states
 from cdsurgery.probe import at_rest, probe_inputs
@@ -115,10 +116,13 @@ def _probe_states(model: Any) -> list[tuple[int, str, Tensor]]:
     states = list(cache_states(cache))
     if all(PARTS[part].growing is None for _, part, _ in states):
         raise UnsupportedModelError(
-            f"No layer of this {type(model).__name__} keeps keys and values, so its cache does not know how many tokens "
-            "it has seen. Models with some attention can be exported."
+            f"No layer of this {type(model).__name__} keeps keys and values, so its cache does not know how many "
+            "tokens it has seen. Models with some attention can be exported."
         )
-    return states
+    if any(part in ("conv", "recurrent") for _, part, _ in states):
+        check_linear_attention(model)
+    # Of a convolution's inputs transformers keeps one more than the next token reads; genai does not.
+    return [(index, part, state[..., 1:] if part == "conv" else state) for index, part, state in states]
 
 
 def empty_past(signature: Signature, batch: int, past: int = 0) -> list[Tensor]:

@@ -15,21 +15,9 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from cdsurgery.errors import UnsupportedModelError
-
-_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
-_LINEAR = (LinearAttentionLayer,)
-_BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
 
 @dataclass(frozen=True)
@@ -62,21 +50,18 @@ def cache_states(cache: Cache) -> Iterator[tuple[int, str, Tensor]]:
     """
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        kind = type(layer)
-        if kind is DummyLayer:
-            continue
-        if kind not in _ATTENTION + _LINEAR + _BOTH or getattr(layer, "number_of_states", 1) != 1:
-            raise UnsupportedModelError(
-                f"Layer {index} of this model keeps its state in a {kind.__name__}. What can be exported: keys and "
-                "values, and the convolution and recurrent state of linear attention, one of each a layer."
-            )
-        if kind not in _LINEAR:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             yield index, "key", layer.keys
             yield index, "value", layer.values
-        if kind not in _ATTENTION:
+        elif type(layer) is LinearAttentionLayer and layer.number_of_states == 1:
             for part, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
                 if states[0] is not None:  # lfm2 has convolutions only
                     yield index, part, states[0]
+        elif type(layer) is not DummyLayer:
+            raise UnsupportedModelError(
+                f"Layer {index} of this model keeps its state in a {type(layer).__name__}. What can be exported: keys "
+                "and values, or one convolution and one recurrent state of linear attention."
+            )
 
 
 def build_cache(names: Sequence[str], tensors: Iterable[Tensor]) -> DynamicCache:
@@ -105,28 +90,19 @@ def _parsed(name: str) -> tuple[int, str]:
 
 
 def _layer(parts: dict[str, Tensor]) -> Any:
-    attention, linear = "key" in parts, "conv" in parts or "recurrent" in parts
     if not parts:
         return DummyLayer()
-    layer: Any = LinearAttentionAndFullAttentionLayer() if linear and attention else None
-    layer = layer or (LinearAttentionLayer() if linear else DynamicLayer())
+    layer: Any = DynamicLayer() if "key" in parts else LinearAttentionLayer()
     some = next(iter(parts.values()))
     layer.dtype, layer.device = some.dtype, some.device
-    if attention:
+    if "key" in parts:
         layer.keys, layer.values, layer.is_initialized = parts["key"], parts["value"], True
-    if linear:
-        _fill_linear(layer, parts)
-    return layer
-
-
-def _fill_linear(layer: Any, parts: dict[str, Tensor]) -> None:
-    """A past of zeros is what an empty one is, so the layer always has a previous state."""
-    for part, states, ready in (
-        ("conv", layer.conv_states, layer.is_conv_states_initialized),
-        ("recurrent", layer.recurrent_states, layer.is_recurrent_states_initialized),
-    ):
-        if part in parts:
-            states[0], ready[0] = parts[part], True
+        return layer
+    # Zeros are the states of an empty past, so there always is a previous state.
     layer.has_previous_state[0] = True
     if "conv" in parts:
+        layer.conv_states[0], layer.is_conv_states_initialized[0] = parts["conv"], True
         layer.conv_kernel_size[0] = parts["conv"].shape[-1]
+    if "recurrent" in parts:
+        layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = parts["recurrent"], True
+    return layer

@@ -26,8 +26,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     # The default of 1, where others divide by the root of the head size, makes attention amplify every rounding.
     "granite": {"attention_multiplier": 0.25},
 }
-_FOLDER = tempfile.TemporaryDirectory(prefix="artifacts-")
-atexit.register(_FOLDER.cleanup)
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="artifacts-")
+atexit.register(_TEMPORARY.cleanup)
+FOLDER = Path(_TEMPORARY.name)
 
 
 @functools.cache
@@ -45,14 +46,15 @@ def artifact(family: str, positions: Any = "last", dtype: torch.dtype = torch.fl
     name = "-".join([family, positions, str(dtype), *(f"{k}-{v}" for k, v in options.items())])
     exporting = {key: options.pop(key) for key in ("target", "upcast") if key in options}
     model = wrapped(family, dtype, **options)
-    return export.to_onnx(model, Path(_FOLDER.name) / name, positions=positions, **exporting)
+    return export.to_onnx(model, FOLDER / name, positions=positions, **exporting)
 
 
 class Client:
     """Feeds a decoder by the names that every ONNX client expects."""
 
     def __init__(self, folder: Path) -> None:
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        self.path = str(folder / "model.onnx")
+        self.session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.cache_inputs = [value for value in self.session.get_inputs() if value.name.startswith("past")]
@@ -62,7 +64,7 @@ class Client:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
         for value in self.cache_inputs:
-            present = value.name.replace("past_key_values", "present").replace("past", "present")
+            present = value.name.replace("past_key_values", "past").replace("past", "present")
             feed[value.name] = _zeros(value, len(ids)) if past is None else past[present]
         return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
 

@@ -1,4 +1,4 @@
-"""Hybrid models as graphs: right at every length, on continued caches, under left padding, whatever they were traced at.
+"""Hybrid models as graphs: right at every length, on continued caches, under left padding.
 
 The rule is held against a loop over tokens in float64; whole models against transformers run in float64. They must not
 be further off than transformers in float32 is: a layer whose query meets no key returns next to nothing, which its
@@ -7,6 +7,7 @@ norm blows up, so that single tokens of these tiny models are 1e-4 off in any fl
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import VOCABULARY, tiny_model, token_ids
-from hybrids import HYBRIDS, KERNEL, cache_states, empty_past, hybrid, run, session, trace
+from hybrids import HYBRIDS, KERNEL, cache_states, client, hybrid, run
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
@@ -29,8 +30,10 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from cdsurgery.export.delta_rule import expand_delta_rule
-from cdsurgery.export.linear_attention import CONVOLUTION, RULES, Target, linear_layer, traceable_linear_attention
+from cdsurgery.export.linear_attention import CONVOLUTION, RULES, traceable_linear_attention
 from cdsurgery.export.onnx import _quiet
+from cdsurgery.export.options import Target
+from cdsurgery.export.states import build_cache
 
 TARGETS: tuple[Target, ...] = ("cpu", "portable")
 LENGTHS = (1, 7, 64, 65, 130, 1000)
@@ -143,17 +146,15 @@ def off(found: Any, truth: Tensor, mask: Tensor) -> Tensor:
 @every_target
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, target: Target, batch: int) -> None:
-    graph, past_length = session(family, target), 5
+    graph, past_length = client(family, target), 5
     ids = token_ids(batch, past_length + max(LENGTHS))
     mask = torch.ones_like(ids)
     for row in range(batch):
         mask[row, : 2 * row] = 0  # left padding of the prompt, 0, 2 and 4 of 5 tokens
-    with torch.no_grad():
-        nothing = empty_past(hybrid(family), batch)
-    prompt = run(graph, ids[:, :past_length], mask[:, :past_length], nothing)
+    prompt = run(graph, ids[:, :past_length], mask[:, :past_length])
     truth, _ = transformers_run(family, ids, mask, double=True)
     plain = off(transformers_run(family, ids, mask, double=False)[0], truth, mask)
-    for start, past in ((0, nothing), (past_length, prompt[1:])):
+    for start, past in ((0, None), (past_length, prompt[1:])):
         for length in LENGTHS:
             new = slice(start, start + length)
             logits, *states = run(graph, ids[:, new], mask[:, : start + length], past)
@@ -169,12 +170,10 @@ def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, t
 @every_family
 @every_target
 def test_padding_leaves_no_trace_in_a_row(family: str, target: Target) -> None:
-    graph, ids, mask = session(family, target), token_ids(2, 70), torch.ones(2, 70, dtype=torch.int64)
+    graph, ids, mask = client(family, target), token_ids(2, 70), torch.ones(2, 70, dtype=torch.int64)
     mask[1, :9] = 0
-    with torch.no_grad():
-        together, alone = empty_past(hybrid(family), 2), empty_past(hybrid(family), 1)
-    logits, *states = run(graph, ids, mask, together)
-    bare, *bare_states = run(graph, ids[1:, 9:], mask[1:, 9:], alone)
+    logits, *states = run(graph, ids, mask)
+    bare, *bare_states = run(graph, ids[1:, 9:], mask[1:, 9:])
     assert off(logits[1:, 9:], torch.from_numpy(bare), mask[1:, 9:]).median() < 2e-6
     for state, other, kind in zip(states[::2], bare_states[::2], hybrid(family).config.layer_types, strict=True):
         if kind == "linear_attention":
@@ -184,12 +183,12 @@ def test_padding_leaves_no_trace_in_a_row(family: str, target: Target) -> None:
 @every_target
 def test_a_half_precision_graph_keeps_recurrent_states_in_float32(target: Target) -> None:
     family, ids, mask = "qwen3_5_text", token_ids(2, 70), torch.ones(2, 70, dtype=torch.int64)
-    model, graph = hybrid(family, dtype=torch.float16), session(family, target, torch.float16)
-    kinds = [value.type for value in graph.get_inputs()[3:]]
+    model, graph = hybrid(family, dtype=torch.float16), client(family, target, torch.float16)
+    kinds = [value.type for value in graph.cache_inputs]
     assert kinds == ["tensor(float16)", "tensor(float)"] * 2 + ["tensor(float16)"] * 2
-    assert [value.type for value in graph.get_outputs()[1:]] == kinds
+    assert [value.type for value in graph.session.get_outputs()[4:]] == kinds
     with torch.no_grad():
-        first = run(graph, ids[:, :30], mask[:, :30], empty_past(model, 2))
+        first = run(graph, ids[:, :30], mask[:, :30])
         truth = copy.deepcopy(model).float()(ids, attention_mask=mask).logits
     second = run(graph, ids[:, 30:], mask, first[1:])
     error = off(np.concatenate([first[0], second[0]], axis=1), truth, mask)
@@ -201,16 +200,20 @@ def test_a_half_precision_graph_keeps_recurrent_states_in_float32(target: Target
 
 @every_target
 def test_a_graph_is_small_whatever_the_length_and_passes_the_checker(target: Target) -> None:
-    small, large = (trace(hybrid("qwen3_5_text", layers), target) for layers in (3, 6))
-    protos = [onnx_ir.to_proto(graph) for graph in (small, large)]
-    onnx.checker.check_model(protos[0], full_check=True)
+    small, large = (onnx.load(client("qwen3_5_text", target, layers=layers).path) for layers in (3, 6))
+    onnx.checker.check_model(small, full_check=True)
     domains = {"", "com.microsoft"} if target == "cpu" else {""}
-    assert {opset.domain for opset in protos[0].opset_import} == domains
-    assert next(opset.version for opset in protos[0].opset_import if not opset.domain) == 20
-    counts = [[node.op_type for node in graph.graph.all_nodes()] for graph in (small, large)]
+    assert {opset.domain for opset in small.opset_import} == domains
+    assert next(opset.version for opset in small.opset_import if not opset.domain) == 20
+    counts = [[node.op_type for node in _all_nodes(model.graph)] for model in (small, large)]
     operator = "LinearAttention" if target == "cpu" else "Scan"
     assert [names.count(operator) for names in counts] == [2, 4]
     assert len(counts[1]) - len(counts[0]) < 600  # for three layers; the unrolled loop has 3,500 a layer
+
+
+def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [*graph.node, *(node for body in inner for node in _all_nodes(body))]
 
 
 # What tracing leaves behind.
@@ -220,7 +223,7 @@ def test_leaving_puts_everything_back() -> None:
     places = [(modeling_qwen3_5, name) for name in (*RULES, CONVOLUTION)]
     places += [(LinearAttentionLayer, name) for name in ("update_conv_state", "update_recurrent_state")]
     before = [getattr(place, name) for place, name in places]
-    with pytest.raises(KeyError), traceable_linear_attention(hybrid("qwen3_5_text"), "cpu"):
+    with contextlib.suppress(KeyError), traceable_linear_attention(hybrid("qwen3_5_text"), "cpu"):
         assert not any(getattr(place, name) is old for (place, name), old in zip(places, before, strict=True))
         raise KeyError
     assert all(getattr(place, name) is old for (place, name), old in zip(places, before, strict=True))
@@ -240,7 +243,8 @@ def test_a_layer_made_of_states_goes_on_where_transformers_own_does(family: str)
     for cache in (ours, theirs):
         model(ids[:, :6], past_key_values=cache)
     for index in (0, 1):
-        ours.layers[index] = linear_layer(*cache_states(ours)[2 * index : 2 * index + 2])
+        states = cache_states(ours)[2 * index : 2 * index + 2]
+        ours.layers[index] = build_cache(["past.0.conv", "past.0.recurrent"], states).layers[0]
         assert ours.layers[index].conv_states[0].shape[-1] == KERNEL - 1
     for new in (slice(6, 7), slice(7, 12)):
         logits = [model(ids[:, new], past_key_values=cache).logits for cache in (ours, theirs)]
