@@ -28,6 +28,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from onnx_ir.tape import Tape
 
 from cdsurgery.errors import InvalidInputError
+from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.weights import array, replace_node
 
 Scheme = Literal["int8", "int4"]
@@ -218,7 +219,7 @@ _QUANTIZERS = {"int8": _int8, "int4": _int4}
 _ROWS = {"int8": _int8_rows, "int4": _int4_rows}
 
 
-def quantizable(model: Any, scheme: Scheme, head: bool) -> set[str]:
+def quantizable(model: Any, options: GraphOptions, scheme: Scheme, head: bool) -> set[str]:
     """The names of the parameters that may be quantised: all, or all but the unembedding.
 
     Raises:
@@ -230,6 +231,11 @@ def quantizable(model: Any, scheme: Scheme, head: bool) -> set[str]:
         raise InvalidInputError(
             f"The model is in {model.dtype}; ONNX Runtime rounds activations to int8 from float32 only. Convert the "
             "model first with model.float(), or quantise to int4."
+        )
+    if scheme == "int8" and options.positions == "score":
+        raise InvalidInputError(
+            "A graph that scores returns no logits, on which the noise of int8 is measured. Quantise it to int4, or "
+            "export with positions='all'."
         )
     if model.device.type != "cpu":
         raise InvalidInputError(f"The model is on {model.device}; to be quantised it must be on the CPU: model.cpu().")

@@ -8,32 +8,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin
+from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.clients import GRAPH_FILE
+from cdsurgery.export.inputs import check_options, check_targets, decoder_inputs
 from cdsurgery.export.manifest import Manifest, check_files, read_manifest
-from cdsurgery.export.signature import cache_tensors, empty_past
+from cdsurgery.export.session import Provider, Session
+from cdsurgery.export.signature import empty_past
+from cdsurgery.export.states import build_cache, cache_states
 from cdsurgery.output import ConfidentOutput
 
 
 @dataclass
 class RunnerOutput(ConfidentOutput, CausalLMOutputWithPast):
-    """What one run returns: a `ConfidentOutput` with `past_key_values`."""
+    """What one run returns: a `ConfidentOutput` with `past_key_values`.
+
+    Attributes:
+        logprobs, final_logprobs: `[B, S]` float32 nats, from an artifact that scores: of the targets, by the selected
+            and by the final layer; 0 where a target is negative. It has no logits.
+    """
+
+    logprobs: Tensor | None = None
+    final_logprobs: Tensor | None = None
 
 
-def load(folder: str | os.PathLike[str], providers: Sequence[str] | None = None) -> OnnxRunner:
+def load(folder: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> OnnxRunner:
     """Open an artifact, after comparing every file with its manifest.
 
     Args:
         folder: what `to_onnx` wrote.
-        providers: ONNX Runtime execution providers in order of preference; None means CPU.
+        providers: ONNX Runtime execution providers in order of preference, each a name such as "CUDAExecutionProvider"
+            or a pair of a name and options; None means CPU.
 
     Raises:
         ArtifactError: it is missing, incomplete, changed, or of a newer schema.
@@ -51,8 +61,8 @@ class OnnxRunner(GenerationMixin):
         config, generation_config: as the exported model had them.
         folder: of the artifact.
         manifest: what the artifact says of itself.
-        session: the ONNX Runtime session.
-        device: where its tensors live; the CPU.
+        session: the graph, open in ONNX Runtime.
+        device: where the session computes and the cache stays.
     """
 
     # What GenerationMixin asks of a model.
@@ -60,38 +70,25 @@ class OnnxRunner(GenerationMixin):
     base_model_prefix = ""
     input_modalities = ("text",)
     _is_stateful = False
-    device = torch.device("cpu")
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         manifest: Manifest,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         *,
         weights_in_place: bool = False,
     ) -> None:
-        providers = list(providers or ["CPUExecutionProvider"])
-        available = onnxruntime.get_available_providers()
-        if missing := [name for name in providers if name not in available]:
-            raise InvalidInputError(
-                f"ONNX Runtime has no {', '.join(missing)} here; it has {', '.join(available)}. Install the package "
-                "that brings it (pip install 'cdsurgery[gpu]' for CUDA), or choose from these."
-            )
         path = Path(folder)
         self.folder, self.manifest = path, manifest
-        self.config = AutoConfig.from_pretrained(path)
-        self.generation_config = GenerationConfig.from_pretrained(path)
-        self.dtype = getattr(torch, manifest.dtype)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        if weights_in_place:
-            # Weights are read from the mapped file. Otherwise every matrix is copied into the order its kernel likes:
-            # faster, for as much memory again as the weights.
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        self.session = Session(path / GRAPH_FILE, manifest.signature, providers, weights_in_place=weights_in_place)
+        self.device = self.session.device
+        self.dtype = torch.float32 if manifest.options.upcast else getattr(torch, manifest.dtype)
         try:
-            self.session = onnxruntime.InferenceSession(str(path / GRAPH_FILE), options, providers=providers)
-        except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-            raise ArtifactError(f"ONNX Runtime cannot open {path / GRAPH_FILE}: {error}") from error
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.generation_config = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"The configs in {path} cannot be read: {error} Make the artifact again.") from error
 
     def __call__(
         self,
@@ -99,47 +96,74 @@ class OnnxRunner(GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        targets: Tensor | None = None,
         **options: Any,
     ) -> RunnerOutput:
         """Run the graph on new tokens.
 
         Args:
             input_ids: `[B, S]` int64 in [0, V).
-            attention_mask: `[B, P+S]`, 0 for padding on either side; None for all ones.
-            position_ids: `[B, S]`; None counts the mask.
+            attention_mask: `[B, P+S]`, 1 for tokens and 0 for padding on either side; None for all ones.
+            position_ids: `[B, S]` int64 in [0, the model's context); None counts the mask.
             past_key_values: what an earlier run returned; None or empty to begin.
-            **options: `generate` passes its own (`use_cache`, `return_dict`, ...); they change nothing here.
+            targets: `[B, S]` int64 in [0, V), the token wanted after each, negative for none; for an artifact made
+                with positions="score", and for no other.
+            **options: `generate` passes `use_cache` and `return_dict`, which change nothing here. Others may be None or
+                False.
 
         Returns:
-            logits and final_logits `[B, T, V]`, selected_layer `[B, T]`, entropy `[B, T, M]`, past_key_values. T is 1,
-            or S in an artifact made with positions="all".
+            logits and final_logits `[B, T, V]`, selected_layer `[B, T]` and entropy `[B, T, M]` on the device of
+            `input_ids`, and past_key_values on that of the session. T is 1, or S in an artifact made with
+            positions="all". With positions="score" log-probabilities instead of logits.
 
         Raises:
-            InvalidInputError: shapes do not fit each other, or a token or position is out of range.
+            InvalidInputError: a tensor is of another kind, shapes do not fit each other, a token, mask or position is
+                out of range, or an option asks for what the graph does not return.
         """
-        past = _past_tensors(past_key_values)
-        cached = past[0].shape[-2] if past else 0
-        batch, length = self._check_tokens(input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, cached + length, dtype=torch.int64)
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-        self._check_shapes(input_ids, attention_mask, position_ids, cached)
-        specs = self.manifest.signature.past
-        past = past or empty_past(self.manifest.signature, self.dtype, batch)
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        arrays = {name: tensor.long().contiguous().numpy() for name, tensor in feed.items()}
-        arrays |= {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(specs, past, strict=True)}
-        outputs: list[np.ndarray[Any, Any]] = self.session.run(None, arrays)
-        tensors = [torch.from_numpy(array) for array in outputs]
-        logits, final_logits, selected_layer, entropy, *present = tensors
-        return RunnerOutput(
-            logits=logits,
-            past_key_values=DynamicCache(zip(present[::2], present[1::2], strict=True)),
-            final_logits=final_logits,
-            selected_layer=selected_layer,
-            entropy=entropy,
-        )
+        check_options(options)
+        signature = self.manifest.signature
+        past = _past_tensors(past_key_values, len(signature.past))
+        cached = past_key_values.get_seq_length() if past and past_key_values is not None else 0
+        feed = decoder_inputs(self.config, input_ids, attention_mask, position_ids, cached)
+        feed |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
+        past = past or empty_past(signature, len(input_ids))
+        feed |= {spec.name: tensor for spec, tensor in zip(signature.past, past, strict=True)}
+        outputs = self.session.run(feed)
+        results: dict[str, Any] = {spec.name: outputs[spec.name].to(input_ids.device) for spec in signature.results}
+        cache = build_cache([spec.name for spec in signature.past], [outputs[spec.name] for spec in signature.present])
+        return RunnerOutput(past_key_values=cache, **results)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = 128) -> RunnerOutput:
+        """How likely the model finds a text: the log-probability of every token but the first, given those before.
+
+        Args:
+            input_ids: `[B, S]` int64 in [0, V), S at least 2.
+            attention_mask: `[B, S]`, 0 for padding on either side; None for all ones.
+            chunk: tokens a run, each continuing the cache of the one before; what is held is `B x chunk x V`.
+
+        Returns:
+            logprobs and final_logprobs `[B, S-1]`, 0 where the token or the one before it is padding; selected_layer
+            `[B, S-1]`, entropy `[B, S-1, M]`.
+
+        Raises:
+            InvalidInputError: the artifact was not made with positions="score", or the text has no second token.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+            raise InvalidInputError(
+                f"input_ids has shape {list(input_ids.shape)}; to score a text it must be [batch, sequence] with at "
+                "least two tokens."
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        targets = input_ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -1)
+        past, runs = None, []
+        for start in range(0, targets.shape[1], chunk):
+            end = min(start + chunk, targets.shape[1])
+            run = self(input_ids[:, start:end], mask[:, :end], past_key_values=past, targets=targets[:, start:end])
+            past = run.past_key_values
+            runs.append(run)
+        fields = [spec.name for spec in self.manifest.signature.results]
+        whole: dict[str, Any] = {name: torch.cat([run[name] for run in runs], dim=1) for name in fields}
+        return RunnerOutput(**whole)
 
     forward = __call__  # where generate looks for the signature
 
@@ -155,39 +179,30 @@ class OnnxRunner(GenerationMixin):
         """None to choose: `GenerationMixin` asks."""
         return {}
 
-    def _check_tokens(self, input_ids: Tensor) -> tuple[int, int]:
-        vocabulary = self.config.get_text_config().vocab_size
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+    def _assisted_decoding(self: Any, *arguments: Any, **options: Any) -> Any:
+        """`GenerationMixin` checks several drafted tokens in one run, which takes logits at every position."""
+        if self.manifest.options.positions == "last":
             raise InvalidInputError(
-                f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; it must hold integers, "
-                "[batch, sequence], with at least one token."
+                "Assisted and prompt-lookup decoding need logits at every position, and this artifact returns those of "
+                "the last one. Export with positions='all', or decode without an assistant."
             )
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= vocabulary:
-            raise InvalidInputError(f"input_ids holds ids from {low} to {high}; allowed are 0 to {vocabulary - 1}.")
-        return input_ids.shape[0], input_ids.shape[1]
-
-    def _check_shapes(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cached: int) -> None:
-        batch, length = input_ids.shape
-        if list(mask.shape) != [batch, cached + length]:
-            raise InvalidInputError(
-                f"attention_mask has shape {list(mask.shape)}; with {cached} cached and {length} new tokens it must be "
-                f"[{batch}, {cached + length}]."
-            )
-        if list(positions.shape) != [batch, length]:
-            raise InvalidInputError(
-                f"position_ids has shape {list(positions.shape)}; it must be that of input_ids, [{batch}, {length}]."
-            )
-        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and int(positions.max()) >= context:
-            raise InvalidInputError(
-                f"A token stands at position {int(positions.max())}; the model's context is {context} tokens. Shorten "
-                "the prompt or generate fewer tokens."
-            )
+        return GenerationMixin._assisted_decoding(self, *arguments, **options)
 
 
-def _past_tensors(cache: Cache | None) -> list[Tensor]:
-    """Keys and values of all layers in turn; empty for a cache that holds nothing yet."""
-    if cache is None or cache.get_seq_length() == 0:
+def _past_tensors(cache: Cache | None, wanted: int) -> list[Tensor]:
+    """What all layers hold, in the order of the signature; empty for a cache that holds nothing yet."""
+    if cache is None:
         return []
-    return cache_tensors(cache)
+    if not isinstance(cache, Cache):
+        raise InvalidInputError(
+            f"past_key_values is a {type(cache).__name__}; it must be the Cache that an earlier run returned, or None."
+        )
+    if cache.get_seq_length() == 0:
+        return []
+    tensors = [state for _, _, state in cache_states(cache)]
+    if len(tensors) != wanted:
+        raise InvalidInputError(
+            f"past_key_values holds {len(tensors)} tensors; the cache of this artifact has {wanted}. Give what a run "
+            "of the same artifact returned."
+        )
+    return tensors

@@ -49,6 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _USUAL | _EXPERTS,
     "qwen3_5_text": _USUAL | _LINEAR,
     "qwen3_5_moe_text": _USUAL | _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen3_next": _USUAL | _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 32},
+    "olmo_hybrid": _USUAL | _LINEAR,
     "gpt_oss": _USUAL | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,

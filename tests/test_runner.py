@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from artifacts import artifact, wrapped
 from families import token_ids
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from cdsurgery import ConfidentOutput, InvalidInputError, export
 from cdsurgery.export import OnnxRunner
 
 NEW = 24
+TOKENS = {"input_ids": torch.ones(1, 3, dtype=torch.int64)}
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +94,24 @@ def test_a_chunked_prompt_gives_what_the_whole_prompt_gives(runner: OnnxRunner) 
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "at least one token"),
         ({"input_ids": torch.tensor([1, 2])}, r"shape \[2\]"),
         ({"input_ids": torch.tensor([[1.0]])}, "torch.float32"),
-        ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.ones(1, 2)}, r"must be \[1, 3\]"),
-        ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "position_ids": torch.ones(1, 2)}, r"\[1, 3\]"),
+        (TOKENS | {"attention_mask": torch.ones(1, 2)}, r"must be \[1, 3\]"),
+        (TOKENS | {"position_ids": torch.ones(1, 2, dtype=torch.int64)}, r"\[1, 3\]"),
         ({"input_ids": torch.ones(1, 129, dtype=torch.int64)}, "position 128; the model's context is 128 tokens"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.int64)}, r"shape \[0, 3\]"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.bool)}, r"input_ids is torch\.bool; it must be .*torch\.int64"),
+        ({"input_ids": [[1, 2]]}, "input_ids is list; it must be a tensor"),
+        (TOKENS | {"attention_mask": [[1, 1, 1]]}, "attention_mask is list"),
+        (TOKENS | {"attention_mask": torch.tensor([[2, 1, 0]])}, "attention_mask holds 2; it must be 1 for tokens"),
+        (TOKENS | {"attention_mask": torch.tensor([[-1, 1, 1]])}, "holds -1"),
+        (TOKENS | {"attention_mask": torch.tensor([[0.5, 1, 1]])}, r"holds 0\.5"),
+        (TOKENS | {"attention_mask": torch.ones(1, 1, 3, 3)}, r"shape \[1, 1, 3, 3\]"),
+        (TOKENS | {"position_ids": torch.tensor([[-1, 0, 1]])}, "position_ids holds -1; positions begin at 0"),
+        (TOKENS | {"position_ids": torch.tensor([[0, 1, 128]])}, "position 128"),
+        (TOKENS | {"position_ids": torch.tensor([[0.0, 1.0, 2.0]])}, r"position_ids is torch\.float32"),
+        (TOKENS | {"inputs_embeds": torch.ones(1, 3, 64)}, "does not take inputs_embeds. It takes input_ids"),
+        (TOKENS | {"atention_mask": torch.ones(1, 3)}, "does not take atention_mask"),
+        (TOKENS | {"output_hidden_states": True}, "does not take output_hidden_states"),
+        (TOKENS | {"past_key_values": [(torch.zeros(1, 2, 3, 16),) * 2] * 4}, "is a list; it must be the Cache"),
     ],
 )
 def test_bad_inputs_are_said_clearly(runner: OnnxRunner, inputs: dict[str, Tensor], message: str) -> None:
@@ -100,6 +119,37 @@ def test_bad_inputs_are_said_clearly(runner: OnnxRunner, inputs: dict[str, Tenso
         runner(**inputs)
 
 
-def test_a_provider_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(InvalidInputError, match=r"has no NoSuchProvider here; it has .*CPUExecutionProvider"):
-        export.load(artifact("llama"), providers=["NoSuchProvider"])
+def test_what_asks_for_nothing_is_not_refused(runner: OnnxRunner) -> None:
+    plain = runner(**TOKENS).logits
+    for mask in (torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.int32)):
+        found = runner(**TOKENS, attention_mask=mask, use_cache=False, output_attentions=False, labels=None)
+        assert torch.equal(found.logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pairs: pairs[:3], "holds 6 keys and values; those of this artifact are 8"),
+        (lambda pairs: [*pairs, pairs[0]], "holds 10 keys and values; those of this artifact are 8"),
+        (lambda pairs: [(k.half(), v.half()) for k, v in pairs], r"torch\.float16.* torch\.float32"),
+        (lambda pairs: [(k[:, :1], v[:, :1]) for k, v in pairs], r"\[2, 1, 5, 16\] .*must be \[2, 2, 5, 16\]"),
+        (lambda pairs: [(k[:1], v[:1]) for k, v in pairs], r"\[1, 2, 5, 16\] .*must be \[2, 2, 5, 16\]"),
+        (lambda pairs: [(k[..., :8], v[..., :8]) for k, v in pairs], r"\[2, 2, 5, 8\] .*must be \[2, 2, 5, 16\]"),
+        (lambda pairs: [pairs[0], *((k[:, :, 1:], v[:, :, 1:]) for k, v in pairs[1:])], r"\.1\.key .*\[2, 2, 4, 16\]"),
+    ],
+    ids=["layer missing", "layer too many", "dtype", "heads", "batch", "head size", "length of one layer"],
+)
+def test_a_cache_that_does_not_fit_is_said_clearly(runner: OnnxRunner, change: Any, message: str) -> None:
+    layers = runner(token_ids(2, 5)).past_key_values.layers
+    cache = DynamicCache(change([(layer.keys, layer.values) for layer in layers]))
+    with pytest.raises(InvalidInputError, match=message):
+        runner(token_ids(2, 1), past_key_values=cache)
+
+
+def test_prompt_lookup_works_where_all_positions_have_logits_and_is_refused_where_not(runner: OnnxRunner) -> None:
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    with pytest.raises(InvalidInputError, match="positions='all'"):
+        runner.generate(ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+    every = export.load(artifact("llama", "all"))
+    found = every.generate(ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, wrapped("llama").generate(ids, max_new_tokens=NEW, do_sample=False))

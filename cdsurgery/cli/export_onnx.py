@@ -52,8 +52,9 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     model = load(options.model, screen)
     tokenizer = load_tokenizer(options.model)
     wrapped = wrap(model, config, screen)
+    export = import_export()
     with screen.stage("Exporting to ONNX"):
-        folder = import_export().to_onnx(
+        folder = export.to_onnx(
             wrapped,
             options.folder,
             tokenizer=tokenizer,
@@ -62,7 +63,12 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             quantize_head=not options.keep_head,
         )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-    screen.result({"artifact": str(folder), "positions": options.positions, "files": sizes}, _table(sizes))
+    not_for = export.manifest.read_manifest(folder).not_for
+    screen.result(
+        {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}, _table(sizes)
+    )
+    for client, reason in not_for.items():
+        screen.err.print(f"Not for {client}: {reason}", markup=False)
     screen.err.print(f"Check it: cdsurgery verify {options.folder} --against {options.model}", style="dim")
     return True
 

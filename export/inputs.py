@@ -1,0 +1,136 @@
+"""The arguments of a call -> the int64 tensors that a decoder graph takes, or an error that says what does not fit.
+
+ONNX Runtime takes most of what is wrong without an error and computes something: a token id of -1 is the last of the
+vocabulary, a mask of 2 is a mask of 1 to some graphs and not to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from cdsurgery.errors import InvalidInputError
+
+INTEGERS = (torch.int64, torch.int32)
+
+
+def decoder_inputs(
+    config: PreTrainedConfig, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cached: int
+) -> dict[str, Tensor]:
+    """Check the tokens of one run and what goes with them, and fill in what was left out.
+
+    Args:
+        config: of the model: its vocabulary V and its context.
+        input_ids: `[B, S]` in [0, V).
+        attention_mask: `[B, P+S]` of 0 and 1 in any dtype that has them; None for all ones.
+        position_ids: `[B, S]` in [0, context); None counts the mask.
+        cached: P, the tokens in the cache.
+
+    Returns:
+        The three by name, int64.
+
+    Raises:
+        InvalidInputError: one is of another kind, dtype or shape, or holds a value out of range.
+    """
+    text = config.get_text_config()
+    _check_kind("input_ids", input_ids, INTEGERS)
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise InvalidInputError(
+            f"input_ids has shape {list(input_ids.shape)}; it must be [batch, sequence], with at least one token."
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= text.vocab_size:
+        raise InvalidInputError(f"input_ids holds ids from {low} to {high}; allowed are 0 to {text.vocab_size - 1}.")
+    batch, length = input_ids.shape
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(batch, cached + length)
+    _check_mask(attention_mask, [batch, cached + length], cached)
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    _check_positions(position_ids, [batch, length], getattr(text, "max_position_embeddings", None))
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    return {name: tensor.long() for name, tensor in inputs.items()}
+
+
+def check_options(options: Mapping[str, Any], ignored: Sequence[str] = ("use_cache", "return_dict")) -> None:
+    """Refuse every further argument that asks for something: what is None or False asks for nothing.
+
+    Args:
+        options: what was passed beside the inputs.
+        ignored: what `generate` always passes, and what changes nothing here.
+    """
+    asked = [name for name, value in options.items() if value is not None and value is not False]
+    if unknown := [name for name in asked if name not in ignored]:
+        raise InvalidInputError(
+            f"An artifact does not take {', '.join(unknown)}. It takes input_ids, attention_mask, position_ids and "
+            "past_key_values, and returns what it was exported with."
+        )
+
+
+def _check_kind(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidInputError(f"{name} is {found}; it must be a tensor of {' or '.join(map(str, dtypes))}.")
+
+
+def _check_mask(mask: Tensor, shape: list[int], cached: int) -> None:
+    _check_kind("attention_mask", mask, (*INTEGERS, torch.bool, torch.float32))
+    if list(mask.shape) != shape:
+        raise InvalidInputError(
+            f"attention_mask has shape {list(mask.shape)}; with {cached} cached and {shape[1] - cached} new tokens it "
+            f"must be {shape}."
+        )
+    wrong = (mask != 0) & (mask != 1)
+    if bool(wrong.any()):
+        raise InvalidInputError(
+            f"attention_mask holds {mask[wrong][0].item()}; it must be 1 for tokens and 0 for padding."
+        )
+
+
+def _check_positions(positions: Tensor, shape: list[int], context: int | None) -> None:
+    _check_kind("position_ids", positions, INTEGERS)
+    if list(positions.shape) != shape:
+        raise InvalidInputError(
+            f"position_ids has shape {list(positions.shape)}; it must be that of input_ids, {shape}."
+        )
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0:
+        raise InvalidInputError(f"position_ids holds {low}; positions begin at 0.")
+    if context is not None and high >= context:
+        raise InvalidInputError(
+            f"A token stands at position {high}; the model's context is {context} tokens. Shorten the prompt or "
+            "generate fewer tokens."
+        )
+
+
+def check_targets(
+    config: PreTrainedConfig, positions: str, targets: Tensor | None, input_ids: Tensor
+) -> dict[str, Tensor]:
+    """The tokens to score `[B, S]` int64, negative for none: what an artifact that scores takes, and no other.
+
+    Returns:
+        They by name, or nothing.
+
+    Raises:
+        InvalidInputError: they are missing or not wanted, or do not fit the tokens.
+    """
+    if (targets is not None) != (positions == "score"):
+        raise InvalidInputError(
+            f"This artifact was made with positions={positions!r}, which takes "
+            f"{'targets' if positions == 'score' else 'no targets'}. Only one made with positions='score' scores, and "
+            "it does nothing else."
+        )
+    if targets is None:
+        return {}
+    _check_kind("targets", targets, INTEGERS)
+    vocabulary = config.get_text_config().vocab_size
+    if targets.shape != input_ids.shape or int(targets.max()) >= vocabulary:
+        raise InvalidInputError(
+            f"targets has shape {list(targets.shape)} and ids up to {int(targets.max())}; it must have the shape of "
+            f"input_ids, {list(input_ids.shape)}, and ids up to {vocabulary - 1}, negative for none."
+        )
+    return {"targets": targets.long()}

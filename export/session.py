@@ -1,0 +1,164 @@
+"""A graph file -> an ONNX Runtime session on the providers asked for: named torch tensors in, named torch tensors out.
+
+ONNX Runtime reads and writes the memory of the tensors themselves (IO binding,
+https://onnxruntime.ai/docs/performance/device-tensor.html). So the cache that one run returns and the next one takes
+stays where the session computes, and no run copies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import Tensor
+
+from cdsurgery.errors import ArtifactError, InvalidInputError
+from cdsurgery.export.external_data import check_external_data
+from cdsurgery.export.signature import PAST, SEQUENCE, TOTAL, Signature
+
+# As ONNX Runtime takes them: a name, or a name with options, for example {"device_id": 1}.
+Provider = str | tuple[str, Mapping[str, Any]]
+
+# These compute in the memory of a CUDA device; every other provider takes its inputs from the host.
+CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
+
+class Session:
+    """A decoder graph that is open for running.
+
+    Attributes:
+        signature: the inputs and outputs of the graph.
+        device: where its tensors live: the CUDA device of the providers, or the CPU.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        signature: Signature,
+        providers: Sequence[Provider] | None = None,
+        *,
+        weights_in_place: bool = False,
+    ) -> None:
+        """Open the graph.
+
+        Args:
+            path: the graph file; its weights lie beside it.
+            signature: what it takes and returns.
+            providers: execution providers in order of preference; None means CPU.
+            weights_in_place: read weights where they are, in the mapped file. Otherwise every matrix is copied into the
+                order that its kernel likes: faster, for as much memory again as the weights.
+
+        Raises:
+            InvalidInputError: a provider is not available, or cannot be started on this machine.
+            ArtifactError: the weights are not where they should be, or ONNX Runtime cannot open the graph.
+        """
+        chosen = _checked(["CPUExecutionProvider"] if providers is None else providers)
+        self.signature, self.device = signature, _device(chosen)
+        check_external_data(path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        if weights_in_place:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+        except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
+            raise ArtifactError(f"ONNX Runtime cannot open {path}: {error}") from error
+        self._session.disable_fallback()
+        started = self._session.get_providers()
+        if lost := [name for name, _ in chosen if name not in started]:
+            raise InvalidInputError(
+                f"ONNX Runtime could not start {', '.join(lost)} and would run on {', '.join(started)} instead. Its "
+                "log says why: often a driver, CUDA or cuDNN of another version than it was built for."
+            )
+
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph once.
+
+        Args:
+            feed: a tensor for every input of the signature. What lies on another device is copied to the session's.
+
+        Returns:
+            A new tensor on the session's device for every output of the signature.
+
+        Raises:
+            InvalidInputError: an input is missing or unknown, or its dtype, rank or size does not fit.
+        """
+        lengths = self._lengths(feed)
+        inputs = {name: tensor.to(self.device).contiguous() for name, tensor in feed.items()}
+        outputs = {
+            spec.name: torch.empty(_shape(spec.axes, lengths), dtype=getattr(torch, spec.dtype), device=self.device)
+            for spec in self.signature.outputs
+        }
+        if self.device.type == "cuda":  # ONNX Runtime computes on a stream of its own, and waits for it at the end
+            torch.cuda.current_stream(self.device).synchronize()
+        binding = self._session.io_binding()
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, tensor in tensors.items():
+                place = (self.device.type, self.device.index or 0)
+                bind(name, *place, int(from_torch_dtype(tensor.dtype)), list(tensor.shape), tensor.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return outputs
+
+    def _lengths(self, feed: Mapping[str, Tensor]) -> dict[str, int]:
+        """The size of every named axis, after holding each tensor against the signature."""
+        specs = self.signature.inputs
+        names = [spec.name for spec in specs]
+        if wrong := [*(name for name in names if name not in feed), *(name for name in feed if name not in names)]:
+            raise InvalidInputError(
+                f"Missing or unknown inputs: {', '.join(wrong)}. The graph takes {', '.join(names)}."
+            )
+        lengths: dict[str, int] = {}
+        for spec in specs:
+            for axis, size in zip(spec.axes, feed[spec.name].shape, strict=False):  # a wrong rank is said below
+                if isinstance(axis, str):
+                    lengths.setdefault(axis, size)
+        lengths[TOTAL] = lengths[PAST] + lengths[SEQUENCE]
+        for spec in specs:
+            tensor, shape = feed[spec.name], _shape(spec.axes, lengths)
+            if list(tensor.shape) != shape or tensor.dtype != getattr(torch, spec.dtype):
+                raise InvalidInputError(
+                    f"{spec.name} has shape {list(tensor.shape)} and dtype {tensor.dtype}; with the other inputs as "
+                    f"they are it must be {shape}, [{', '.join(map(str, spec.axes))}], and torch.{spec.dtype}."
+                )
+        return lengths
+
+
+def _shape(axes: Sequence[str | int], lengths: Mapping[str, int]) -> list[int]:
+    return [axis if isinstance(axis, int) else lengths[axis] for axis in axes]
+
+
+def _checked(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
+    """The providers as pairs of a name and options, all of them available."""
+    available = onnxruntime.get_available_providers()
+    try:
+        pairs = [(entry, {}) if isinstance(entry, str) else (entry[0], dict(entry[1])) for entry in providers]
+    except (TypeError, ValueError, IndexError):
+        pairs = []
+    if isinstance(providers, str) or not pairs:
+        raise InvalidInputError(
+            f"providers is {providers!r}; it must be a list of names or of (name, options) pairs, for example "
+            f"{available[-1:]}. ONNX Runtime has {', '.join(available)} here."
+        )
+    if missing := [name for name, _ in pairs if name not in available]:
+        raise InvalidInputError(
+            f"ONNX Runtime has no {', '.join(map(str, missing))} here; it has {', '.join(available)}. Install the "
+            "package that brings it (pip install 'cdsurgery[gpu]' for CUDA), or choose from these."
+        )
+    return pairs
+
+
+def _device(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> torch.device:
+    """Where the first provider that computes on a CUDA device keeps its tensors; the CPU if none does."""
+    for name, options in providers:
+        if name in CUDA_PROVIDERS:
+            if not torch.cuda.is_available():
+                raise InvalidInputError(
+                    f"{name} keeps the cache in tensors on the GPU, and this PyTorch ({torch.__version__}) sees none. "
+                    "Install a PyTorch with CUDA, or choose CPUExecutionProvider."
+                )
+            return torch.device("cuda", int(options.get("device_id", 0)))
+    return torch.device("cpu")
