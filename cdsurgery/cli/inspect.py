@@ -40,12 +40,10 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
 
 def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
     """The anatomy of a wrapped model as JSON takes it."""
-    from cdsurgery.anatomy import transform_value
-
     plain: Any = model
     anatomy, confident = model.anatomy, model.confident
     head = model.get_submodule(anatomy.unembedding)
-    weight: Any = head.weight
+    weight = next(head.parameters())
     return {
         "model_type": plain.config.model_type,
         "class": type(model).__name__,
@@ -56,7 +54,7 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
             "paths": list(anatomy.layers),
             "types": _layer_types(model),
         },
-        "tail": [{"path": path, "class": type(model.get_submodule(path)).__name__} for path in anatomy.tail],
+        "tail": [{"path": path, "class": type(model.get_submodule(path)).__name__} for path in anatomy.modules],
         "unembedding": {
             "path": anatomy.unembedding,
             "shape": list(weight.shape),
@@ -67,7 +65,7 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
             {
                 "name": transform.name,
                 "option": transform.option,
-                "value": transform_value(plain, transform),
+                "value": _printable(transform.value(plain)),
                 "source": transform.source,
             }
             for transform in anatomy.transforms
@@ -80,6 +78,11 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
         # wrap() refuses a model whose logits it cannot reproduce with torch.equal, so a wrapped model is a proven one.
         "proof": "bitwise",
     }
+
+
+def _printable(value: Any) -> int | float | str:
+    """The value of a transform as JSON takes it: a number as it is, a dtype or a part of the model by its name."""
+    return value if isinstance(value, (int, float)) else str(value).partition("(")[0]
 
 
 def _layer_types(model: ConfidentHead) -> list[str]:
