@@ -79,3 +79,11 @@ def candidate_logits(model: PreTrainedModel, anatomy: Anatomy, states: Sequence[
     # With a device_map the layers and the tail may each live elsewhere.
     rows = torch.cat([state.to(states[0].device) for state in states], dim=anatomy.batch_axis)
     return tail_logits(model, anatomy, rows).unflatten(0, (len(states), -1))
+
+
+def layer_types(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    """What kind each of the L layers is: as the config says, or its class's name where that says nothing of each."""
+    declared = getattr(model.config.get_text_config(), "layer_types", None)
+    if declared and len(declared) == len(anatomy.layers):
+        return list(declared)
+    return [type(model.get_submodule(path)).__name__ for path in anatomy.layers]

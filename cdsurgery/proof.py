@@ -63,6 +63,12 @@ def _require_decoder(model: PreTrainedModel) -> None:
     reason = NOT_DECODERS.get(config.model_type)
     if reason is not None:
         raise UnsupportedModelError(f"{name} {reason}")
+    heads = model.get_output_embeddings()
+    if isinstance(heads, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"{name} has {len(heads)} language heads, one for each of its streams of tokens. Confident decoding needs "
+            "a model with one, and one row of logits for each token."
+        )
     # accelerate keeps offloaded weights there too, and hooks that bring each one when its module runs.
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
@@ -101,20 +107,19 @@ def _require_causal(model: PreTrainedModel, logits: Tensor) -> None:
 
 
 def _require_whole(model: PreTrainedModel, calls: list[Call]) -> None:
-    """Refuse the decoder of an encoder-decoder: its layers have a cross-attention that never ran."""
-    if not any(name.startswith("encoder_") for name in inspect.signature(model.forward).parameters):
-        return
     ran = {call.path for call in calls}
-    for path, part in model.named_modules():
-        if isinstance(part, nn.ModuleList):
-            for name, module in part.named_modules(prefix=path):
-                idle = name not in ran and name != path and not isinstance(module, nn.ModuleList)
-                if idle and next(module.parameters(), None) is not None:
-                    raise UnsupportedModelError(
-                        f"{type(model).__name__} is the decoder of an encoder-decoder: '{name}' ran on no text, it "
-                        "attends to the states of an encoder that is not there. Confident decoding needs a model with "
-                        "one residual stream, made from the text alone."
-                    )
+    for path, _ in model.named_modules():
+        waits = path.rpartition(".")[2] in CROSS_ATTENTIONS and path not in ran
+        if waits and any(name.startswith("encoder_") for name in inspect.signature(model.forward).parameters):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is the decoder of an encoder-decoder: '{path}' ran on no text, it attends to "
+                "the states of an encoder that is not there. Confident decoding needs a model with one residual "
+                "stream, made from the text alone."
+            )
+
+
+# What families call the part of a decoder layer that attends to an encoder.
+CROSS_ATTENTIONS = {"encoder_attn", "cross_attn", "crossattention"}
 
 
 def _require_depth(model: PreTrainedModel, anatomy: Anatomy) -> None:

@@ -68,29 +68,30 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 @torch.no_grad()
 def truth(plain: nn.Module, lookback: int, **inputs: Any) -> Truth:
     """Run a plain model once, then again with its last layer made to return each earlier layer's state."""
-    layers = decoder_layers(plain)
+    layers, inputs = decoder_layers(plain), {"use_cache": False} | inputs
     states: list[Tensor] = []
     notes = [layer.register_forward_hook(lambda _, __, out: states.append(_state(out))) for layer in layers]
-    final = plain(**inputs, use_cache=False).logits
+    final = plain(**inputs).logits
     for note in notes:
         note.remove()
     # All K at once, as a batch of K x B rows: a matrix product sums in an order that depends on its shape, and this is
     # the number of rows that one pass over all candidates has, so that results can be compared bit for bit.
-    earlier = torch.cat([states[-1 - k] for k in range(1, lookback + 1)])
+    batch_axis = 1 if states[0].ndim == 4 and states[0].shape[0] != len(final) else 0  # gemma3n has its streams first
+    earlier = torch.cat([states[-1 - k] for k in range(1, lookback + 1)], dim=batch_axis)
     many = {
         name: torch.cat([value] * lookback) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
     swap = layers[-1].register_forward_hook(
-        lambda _, __, out: (earlier, *out[1:]) if isinstance(out, tuple) else earlier
+        lambda _, __, out: earlier if isinstance(out, Tensor) else type(out)([earlier, *out[1:]])
     )
-    replaced = plain(**many, use_cache=False).logits.unflatten(0, (lookback, -1))
+    replaced = plain(**many).logits.unflatten(0, (lookback, -1))
     swap.remove()
     candidates = torch.cat([final[None], replaced])
     log_p = candidates.double().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1).movedim(0, -1)
     depth = torch.tensor([[algorithm_1(row) for row in rows] for rows in entropy.tolist()])
     logits = torch.stack([torch.stack([candidates[k, b, t] for t, k in enumerate(ks)]) for b, ks in enumerate(depth)])
-    return Truth(candidates, entropy, LAYERS - depth, logits)
+    return Truth(candidates, entropy, len(states) - depth, logits)
 
 
 def algorithm_1(entropy: list[float]) -> int:
@@ -102,7 +103,7 @@ def algorithm_1(entropy: list[float]) -> int:
 
 
 def _state(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output if isinstance(output, Tensor) else output[0]
 
 
 # Odd ones: each changes one thing on the way from the layers to the logits.

@@ -40,6 +40,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
 
 def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
     """The anatomy of a wrapped model as JSON takes it."""
+    from cdsurgery.anatomy import layer_types
+
     plain: Any = model
     anatomy, confident = model.anatomy, model.confident
     head = model.get_submodule(anatomy.unembedding)
@@ -52,7 +54,7 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
         "layers": {
             "count": len(anatomy.layers),
             "paths": list(anatomy.layers),
-            "types": _layer_types(model),
+            "types": layer_types(plain, anatomy),
         },
         "tail": [{"path": path, "class": type(model.get_submodule(path)).__name__} for path in anatomy.modules],
         "unembedding": {
@@ -83,15 +85,6 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
 def _printable(value: Any) -> int | float | str:
     """The value of a transform as JSON takes it: a number as it is, a dtype or a part of the model by its name."""
     return value if isinstance(value, (int, float)) else str(value).partition("(")[0]
-
-
-def _layer_types(model: ConfidentHead) -> list[str]:
-    """What kind each layer is: as the config says, or the layers' class names where it does not."""
-    config: Any = model.config
-    declared = getattr(config.get_text_config(), "layer_types", None)
-    if declared and len(declared) == len(model.anatomy.layers):
-        return list(declared)
-    return [type(model.get_submodule(path)).__name__ for path in model.anatomy.layers]
 
 
 def _table(document: dict[str, Any]) -> Table:
