@@ -1,18 +1,23 @@
 # make demo: the small model in this repository decodes a text, in PyTorch and in ONNX Runtime.
 # make test: linters, types and all tests that need no GPU.
-# Both make their own virtual environment first; Python, make and pip are all they need.
+# make families: docs/families.md anew, for the transformers that is installed.
+# All make their own virtual environment first; Python, make and pip are all they need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint families clean
 
 demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+families: $(VENV)/ready
+	$(BIN)/cdsurgery families --markdown > docs/families.md.new
+	mv docs/families.md.new docs/families.md
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
