@@ -28,9 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the folder to make")
     parser.add_argument(
         "--positions",
-        choices=("last", "all"),
+        choices=("last", "all", "score"),
         default="last",
-        help="logits for the last token only, as decoding needs (default), or for all, as scoring does",
+        help="logits for the last token only, as decoding needs (default), or for all; or log-probabilities of given "
+        "tokens, which takes the least memory",
+    )
+    parser.add_argument(
+        "--target",
+        choices=("portable", "cpu", "cuda"),
+        default="portable",
+        help="standard operators (default), or the faster ones of a provider of ONNX Runtime",
+    )
+    parser.add_argument(
+        "--upcast", action="store_true", help="keep half-precision weights as they are and compute in float32"
+    )
+    parser.add_argument(
+        "--no-parity",
+        action="store_true",
+        help="do not run the artifact against the model: for graphs that cannot run on this machine",
     )
     add_wrapping_arguments(parser)
 
@@ -44,7 +59,15 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     wrapped = wrap(model, config, screen)
     export = import_export()
     with screen.stage("Exporting to ONNX"):
-        folder = export.to_onnx(wrapped, options.folder, tokenizer=tokenizer, positions=options.positions)
+        folder = export.to_onnx(
+            wrapped,
+            options.folder,
+            tokenizer=tokenizer,
+            positions=options.positions,
+            target=options.target,
+            upcast=options.upcast,
+            parity=not options.no_parity,
+        )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
     not_for = export.manifest.read_manifest(folder).not_for
     screen.result(
