@@ -113,7 +113,8 @@ class Session:
             for axis, size in zip(spec.axes, feed[spec.name].shape, strict=False):  # a wrong rank is said below
                 if isinstance(axis, str):
                     lengths.setdefault(axis, size)
-        lengths[TOTAL] = lengths[PAST] + lengths[SEQUENCE]
+        if PAST in lengths:  # else no state grows, and the mask alone knows how long the text is
+            lengths[TOTAL] = lengths[PAST] + lengths[SEQUENCE]
         for spec in specs:
             tensor, shape = feed[spec.name], _shape(spec.axes, lengths)
             if list(tensor.shape) != shape or tensor.dtype != getattr(torch, spec.dtype):

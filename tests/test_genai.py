@@ -131,6 +131,8 @@ def test_the_config_names_tensors_that_the_graph_has(family: str) -> None:
         assert all(
             any(re.fullmatch(name.replace("%d", r"\d+"), n) for n in names) for name in model["decoder"][side].values()
         )
+    keys = next(value.shape for value in client.session.get_inputs() if value.name.endswith(".key"))
+    assert (model["decoder"]["num_key_value_heads"], model["decoder"]["head_size"]) == (keys[1], keys[3])
     assert model["decoder"]["num_hidden_layers"] == depth
     assert model["context_length"] == 128
     assert model["vocab_size"] == 256
