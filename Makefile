@@ -1,13 +1,14 @@
 # make demo: the small model in this repository decodes a text, in PyTorch and in ONNX Runtime.
 # make test: linters, types and all tests that need no GPU.
 # make clients: tests of clients that need an older transformers than ours, in an environment of their own.
+# make families: docs/families.md anew, for the transformers that is installed.
 # All make their own virtual environments first; Python, make and pip are all they need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clients lint clean
+.PHONY: demo test clients lint families clean
 
 demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
@@ -17,6 +18,10 @@ test: lint
 
 clients: $(VENV)/ready .venv-optimum/ready
 	$(BIN)/python -m pytest tests/test_optimum.py
+
+families: $(VENV)/ready
+	$(BIN)/cdsurgery families --markdown > docs/families.md.new
+	mv docs/families.md.new docs/families.md
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

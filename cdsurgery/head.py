@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
-from cdsurgery.anatomy import Anatomy, tail_logits
+from cdsurgery.anatomy import Anatomy, candidate_logits
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
@@ -64,9 +64,9 @@ class ConfidentHead(nn.Module):
         allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
         with self._taps.reading(keep) as states:
             plain = self._plain_forward(**inputs)
-            # With a device_map the layers, the tail and the logits may each live elsewhere.
-            stacked = torch.stack([state.to(states[0].device) for state in states])
-            earlier = tail_logits(cast(PreTrainedModel, self), self.anatomy, stacked)
+            earlier = candidate_logits(cast(PreTrainedModel, self), self.anatomy, states)
+        if isinstance(keep, Tensor) and keep.dtype == torch.bool:  # its logits are `[rows that are true, V]`
+            earlier = earlier.squeeze(1)
         candidates = torch.cat([plain.logits[None], earlier.to(plain.logits.device)])
         logits, depth, entropy = select(candidates, MEASURES[self.confident.measure], allowed)
         return confident_output(

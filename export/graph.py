@@ -1,23 +1,26 @@
 """A wrapped model -> the module that is traced: flat tensors in, flat tensors out, selection inside.
 
-All M states of a row go through the tail in one pass, so that the graph reads the unembedding once.
+All M states of a row go through the tail in one pass, so that the graph reads the unembedding once. A graph that scores
+has many rows, where the unembedding is no longer what costs: it takes one candidate after another instead, and keeps
+what it says of the targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from cdsurgery.anatomy import tail_logits
 from cdsurgery.draw import allowed_rows
 from cdsurgery.entropy import MEASURES
-from cdsurgery.export.signature import Positions, Signature, cache_tensors, empty_past
+from cdsurgery.export.options import GraphOptions
+from cdsurgery.export.signature import Signature, empty_past, torch_dtype
+from cdsurgery.export.states import build_cache, cache_states
 from cdsurgery.taps import Taps
-from cdsurgery.trough import select
+from cdsurgery.trough import pick, select, trough_depth
 
 
 class DecoderGraph(nn.Module):
@@ -28,12 +31,12 @@ class DecoderGraph(nn.Module):
     Args:
         model: a `ConfidentHead`, in evaluation mode.
         signature: what it takes and returns.
-        positions: "last" for each row's last real token, "all" for every new token.
+        options: of the graph.
     """
 
-    def __init__(self, model: Any, signature: Signature, positions: Positions) -> None:
+    def __init__(self, model: Any, signature: Signature, options: GraphOptions) -> None:
         super().__init__()
-        self.model, self.config, self.signature, self.positions = model, model.config, signature, positions
+        self.model, self.config, self.signature, self.options = model, model.config, signature, options
         layers = model.anatomy.layers[::-1][: model.confident.lookback + 1]
         self.taps = Taps([model.get_submodule(path) for path in layers])
 
@@ -43,21 +46,32 @@ class DecoderGraph(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.taps.remove()
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None: transformers' exporter would cast all inputs to their dtype, and recurrent states stay float32."""
+        return iter(())
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor],
+        targets: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Run the decoder on new tokens.
 
         Args:
             input_ids, position_ids: `[B, S]` int64.
             attention_mask: `[B, P+S]` int64, 0 for padding on either side.
-            past_key_values: keys and values of the cache layers in turn, each `[B, heads, P, size]`.
+            past: the cache's tensors in the order of the signature, each `[B, ...]`.
+            targets: `[B, S]` int64, in a graph that scores: the token wanted after each; negative for none.
 
         Returns:
             Tensors by the names of the signature's outputs.
         """
         model = self.model
-        cache = DynamicCache(zip(past_key_values[::2], past_key_values[1::2], strict=True))
+        # Linear attention updates its states in place, and an input of a graph must stay what it was.
+        cache = build_cache([spec.name for spec in self.signature.past], [tensor.clone() for tensor in past])
         with self.taps.reading() as states:
             # The model's own logits are not used: their rows are cut too late here, and tracing drops them.
             model._plain_forward(
@@ -68,14 +82,39 @@ class DecoderGraph(nn.Module):
                 use_cache=True,
             )
             rows = self._kept_rows(attention_mask, input_ids)
-            candidates = tail_logits(model, model.anatomy, torch.stack([state[rows] for state in states]))
-        config = model.confident
+            kept = [state[rows] for state in states]
         allowed = None
-        if config.probability < 1:
-            allowed = allowed_rows(config.probability, config.seed, input_ids[rows], position_ids[rows])
-        logits, depth, entropy = select(candidates, MEASURES[config.measure], allowed)
-        values = [logits, candidates[0], len(model.anatomy.layers) - depth, entropy, *cache_tensors(cache)]
-        return {spec.name: value for spec, value in zip(self.signature.outputs, values, strict=True)}
+        if model.confident.probability < 1:
+            tokens, positions = input_ids[rows], position_ids[rows]
+            allowed = allowed_rows(model.confident.probability, model.confident.seed, tokens, positions)
+        results = self._selection(kept, allowed) if targets is None else self._scores(kept, targets, allowed)
+        values = [*results, *(state for _, _, state in cache_states(cache))]
+        specs = self.signature.outputs
+        return {spec.name: value.to(torch_dtype(spec)) for spec, value in zip(specs, values, strict=True)}
+
+    def _selection(self, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, ...]:
+        """Selected and final logits `[B, T, V]`, layer `[B, T]`, entropies `[B, T, M]`."""
+        model = self.model
+        candidates = tail_logits(model, model.anatomy, torch.stack(states))
+        logits, depth, entropy = select(candidates, MEASURES[model.confident.measure], allowed)
+        return logits, candidates[0], len(model.anatomy.layers) - depth, entropy
+
+    def _scores(self, states: list[Tensor], targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
+        """Log-probabilities of the targets `[B, S]`, selected and final, layer `[B, S]`, entropies `[B, S, M]`."""
+        model, wanted = self.model, targets.clamp(min=0)[..., None]
+        measured, scores = [], []
+        for state in states:
+            logits = tail_logits(model, model.anatomy, state)
+            measured.append(MEASURES[model.confident.measure](logits))
+            scores.append(logits.gather(-1, wanted).float() - logits.float().logsumexp(dim=-1, keepdim=True))
+        entropy = torch.stack(measured, dim=-1)
+        depth = trough_depth(entropy)
+        if allowed is not None:
+            depth = depth * allowed
+        chosen = pick(torch.stack(scores), depth)
+        none = targets < 0
+        logprobs = [score.squeeze(-1).masked_fill(none, 0.0) for score in (chosen, scores[0])]
+        return *logprobs, len(model.anatomy.layers) - depth, entropy
 
     def _kept_rows(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Indices `[B, 1]` and `[B, T]` of the rows to project: the last one under the mask, or all."""
@@ -83,7 +122,7 @@ class DecoderGraph(nn.Module):
         every = torch.arange(length, device=input_ids.device)
         real = attention_mask[:, -length:] * (every + 1)
         last = (real.amax(dim=-1, keepdim=True) - 1).clamp(min=0)
-        columns = last if self.positions == "last" else every[None].expand(batch, length)
+        columns = last if self.options.positions == "last" else every[None].expand(batch, length)
         return torch.arange(batch, device=input_ids.device)[:, None], columns
 
 
@@ -97,9 +136,13 @@ def sample_inputs(model: Any, signature: Signature) -> dict[str, Any]:
     device = embedding.device
     mask = torch.ones(2, 7, dtype=torch.int64, device=device)
     mask[0, :2] = 0
-    return {
-        "input_ids": torch.arange(6, device=device).view(2, 3) % embedding.shape[0],
+    ids = torch.arange(6, device=device).view(2, 3) % embedding.shape[0]
+    inputs = {
+        "input_ids": ids,
         "attention_mask": mask,
         "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -3:],
-        "past_key_values": [tensor.to(device) for tensor in empty_past(signature, model.dtype, batch=2, past=4)],
+        "targets": ids.flip(-1),  # another tensor than the ids, or the exporter makes one input of both
+        "past": [tensor.to(device) for tensor in empty_past(signature, batch=2, past=4)],
     }
+    wanted = {spec.name for spec in signature.inputs} | {"past"}
+    return {name: value for name, value in inputs.items() if name in wanted}

@@ -105,3 +105,32 @@ def _check_positions(positions: Tensor, shape: list[int], context: int | None) -
             f"A token stands at position {high}; the model's context is {context} tokens. Shorten the prompt or "
             "generate fewer tokens."
         )
+
+
+def check_targets(
+    config: PreTrainedConfig, positions: str, targets: Tensor | None, input_ids: Tensor
+) -> dict[str, Tensor]:
+    """The tokens to score `[B, S]` int64, negative for none: what an artifact that scores takes, and no other.
+
+    Returns:
+        They by name, or nothing.
+
+    Raises:
+        InvalidInputError: they are missing or not wanted, or do not fit the tokens.
+    """
+    if (targets is not None) != (positions == "score"):
+        raise InvalidInputError(
+            f"This artifact was made with positions={positions!r}, which takes "
+            f"{'targets' if positions == 'score' else 'no targets'}. Only one made with positions='score' scores, and "
+            "it does nothing else."
+        )
+    if targets is None:
+        return {}
+    _check_kind("targets", targets, INTEGERS)
+    vocabulary = config.get_text_config().vocab_size
+    if targets.shape != input_ids.shape or int(targets.max()) >= vocabulary:
+        raise InvalidInputError(
+            f"targets has shape {list(targets.shape)} and ids up to {int(targets.max())}; it must have the shape of "
+            f"input_ids, {list(input_ids.shape)}, and ids up to {vocabulary - 1}, negative for none."
+        )
+    return {"targets": targets.long()}

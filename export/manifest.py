@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cdsurgery.config import ConfidentConfig
 from cdsurgery.errors import ArtifactError
 from cdsurgery.export.clients import GRAPH_FILE
-from cdsurgery.export.signature import Positions, Signature, TensorSpec
+from cdsurgery.export.options import GraphOptions
+from cdsurgery.export.signature import Signature, TensorSpec
 
 NAME = "cdsurgery.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAKERS = ("cdsurgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -27,29 +29,27 @@ class Manifest:
         schema_version: of this file; a newer one than this code knows is refused.
         versions: of the packages that made the artifact.
         model_type, layers: as in the model's config; L.
-        lookback, probability, seed, measure: the options in force when it was made.
-        dtype, positions, opset: of the graph.
+        confident: the options in force when it was made.
+        dtype: of the model's weights.
+        options, opset: of the graph.
         signature: every input and output.
         files: name -> {"sha256": hex, "size": bytes} for every other file.
         not_for: client -> why it cannot run this artifact.
-        parity: the report of the comparison with PyTorch that the artifact passed.
+        parity: the report of the comparison with PyTorch that the artifact passed; None where there was none.
     """
 
     schema_version: int
     versions: dict[str, str]
     model_type: str
     layers: int
-    lookback: int
-    probability: float
-    seed: int | None
-    measure: str
+    confident: ConfidentConfig
     dtype: str
-    positions: Positions
+    options: GraphOptions
     opset: int
     signature: Signature
     files: dict[str, dict[str, Any]]
     not_for: dict[str, str]
-    parity: dict[str, Any]
+    parity: dict[str, Any] | None
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, with the same bytes for the same contents."""
@@ -81,7 +81,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         found = fields["schema_version"]
         if found == SCHEMA_VERSION:
             return _parsed(fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path} is not a manifest ({type(error).__name__}: {error}). Make the artifact again."
         ) from error
@@ -96,7 +96,12 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
         side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields["signature"][side])
         for side in ("inputs", "outputs")
     }
-    return Manifest(**(fields | {"signature": Signature(**specs)}))
+    parsed = {
+        "signature": Signature(**specs),
+        "confident": ConfidentConfig(**fields["confident"]),
+        "options": GraphOptions(**fields["options"]),
+    }
+    return Manifest(**(fields | parsed))
 
 
 def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:

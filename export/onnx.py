@@ -27,10 +27,14 @@ from transformers.utils import logging as transformers_logging
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.clients import GRAPH_FILE, write_client_files
+from cdsurgery.export.delta_rule import expand_delta_rule
 from cdsurgery.export.graph import DecoderGraph, sample_inputs
+from cdsurgery.export.linear_attention import traceable_linear_attention
 from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
+from cdsurgery.export.options import GraphOptions, Positions, Target
+from cdsurgery.export.precision import computing_model, narrow_weights_, providers_for
 from cdsurgery.export.runner import OnnxRunner
-from cdsurgery.export.signature import DTYPES, Positions, Signature, TensorSpec, decoder_signature
+from cdsurgery.export.signature import Signature, TensorSpec, decoder_signature
 from cdsurgery.export.staging import staged_folder
 from cdsurgery.export.verify import verify
 from cdsurgery.head import ConfidentHead
@@ -46,53 +50,69 @@ def to_onnx(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     positions: Positions = "last",
+    target: Target = "portable",
+    upcast: bool = False,
+    parity: bool = True,
 ) -> Path:
     """Export a wrapped model.
 
     Args:
-        model: what `cdsurgery.wrap` returned, in float32 or float16.
+        model: what `cdsurgery.wrap` returned, in float32, float16 or bfloat16.
         folder: the artifact to make; it must not exist.
         tokenizer: saved beside the graph, for clients that take text.
-        positions: "last" returns logits `[B, 1, V]` of each row's last real token; "all" `[B, S, V]`, for scoring.
+        positions: "last" returns logits `[B, 1, V]` of each row's last real token; "all" `[B, S, V]`; "score" the
+            log-probabilities `[B, S]` of given targets, with the logits of no more than one candidate in memory.
+        target: "portable" for standard operators, "cpu" or "cuda" for those of that provider of ONNX Runtime.
+        upcast: keep half-precision weights and compute in float32, as ONNX Runtime's CPU needs it for bfloat16.
+        parity: run the artifact against the model before it appears. False is for graphs that cannot run here, such
+            as bfloat16 ones made on a CPU for TensorRT; the manifest then says that there was no comparison.
 
     Returns:
         The folder.
 
     Raises:
-        InvalidInputError: the model is not wrapped, or `positions` is neither.
-        UnsupportedModelError: its dtype or cache cannot be exported.
+        InvalidInputError: the model is not wrapped, or an option is not one of those above.
+        UnsupportedModelError: its cache cannot be exported, or its graph cannot be run here.
         ArtifactError: the folder exists, or the graph does not agree with the model.
     """
     if not isinstance(model, ConfidentHead):
         raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
-    if positions not in ("last", "all"):
-        raise InvalidInputError(f"positions is {positions!r}; it must be 'last' or 'all'.")
+    options = GraphOptions(positions, target, upcast)
+    providers = providers_for(model, options) if parity else []
     with staged_folder(folder) as aside:
-        signature = decoder_signature(model, positions)
-        graph = _trace(model, signature, positions)
+        computing = computing_model(model, options)
+        signature = decoder_signature(computing, options)
+        graph = _trace(computing, signature, options)
         _name(graph, signature)
+        if upcast:
+            narrow_weights_(graph, model.dtype)  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
         not_for = write_client_files(aside, model, signature, tokenizer)
-        manifest = _manifest(model, signature, positions, not_for)
-        report = verify(OnnxRunner(aside, manifest), model)
-        if not report.passed:
+        manifest = _manifest(model, signature, options, not_for)
+        report = verify(OnnxRunner(aside, manifest, providers), model) if parity else None
+        if report is not None and not report.passed:
             raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
-        Manifest(**(vars(manifest) | {"files": describe_files(aside), "parity": report.to_dict()})).write(aside)
+        passed = None if report is None else report.to_dict()
+        Manifest(**(vars(manifest) | {"files": describe_files(aside), "parity": passed})).write(aside)
     return Path(folder)
 
 
-def _trace(model: Any, signature: Signature, positions: Positions) -> onnx_ir.Model:
+def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.Model:
     inputs = sample_inputs(model, signature)
     dynamic = {
         spec.name: {axis: Dim.AUTO for axis, size in enumerate(spec.axes) if isinstance(size, str)}
         for spec in signature.inputs
     }
     shapes: dict[str, Any] = {name: dynamic[name] for name in inputs if name in dynamic}
-    shapes["past_key_values"] = [dynamic[spec.name] for spec in signature.past]
-    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET)
+    shapes["past"] = [dynamic[spec.name] for spec in signature.past]
+    fusions = None if options.target == "portable" else options.target
+    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
-    with at_rest(model), DecoderGraph(model, signature, positions) as graph, _quiet():
-        return exporter().export(graph, inputs, config=config).program
+    tracing = traceable_linear_attention(model, options.target)
+    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, _quiet():
+        program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
+    expand_delta_rule(program)
+    return program
 
 
 @contextmanager
@@ -149,22 +169,19 @@ def _check_fixed_axes(value: onnx_ir.Value, spec: TensorSpec) -> None:
         )
 
 
-def _manifest(model: Any, signature: Signature, positions: Positions, not_for: dict[str, str]) -> Manifest:
+def _manifest(model: Any, signature: Signature, options: GraphOptions, not_for: dict[str, str]) -> Manifest:
     config = model.confident
     return Manifest(
         schema_version=SCHEMA_VERSION,
         versions=maker_versions(),
         model_type=model.config.model_type,
         layers=len(model.anatomy.layers),
-        lookback=config.lookback,
-        probability=config.probability,
-        seed=config.seed,
-        measure=config.measure,
-        dtype=DTYPES[model.dtype],
-        positions=positions,
+        confident=config,
+        dtype=str(model.dtype).removeprefix("torch."),
+        options=options,
         opset=OPSET,
         signature=signature,
         files={},
         not_for=not_for,
-        parity={},
+        parity=None,
     )

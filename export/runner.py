@@ -10,22 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.clients import GRAPH_FILE
-from cdsurgery.export.inputs import check_options, decoder_inputs
+from cdsurgery.export.inputs import check_options, check_targets, decoder_inputs
 from cdsurgery.export.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.session import Provider, Session
-from cdsurgery.export.signature import cache_tensors, empty_past
+from cdsurgery.export.signature import empty_past
+from cdsurgery.export.states import build_cache, cache_states
 from cdsurgery.output import ConfidentOutput
 
 
 @dataclass
 class RunnerOutput(ConfidentOutput, CausalLMOutputWithPast):
-    """What one run returns: a `ConfidentOutput` with `past_key_values`."""
+    """What one run returns: a `ConfidentOutput` with `past_key_values`.
+
+    Attributes:
+        logprobs, final_logprobs: `[B, S]` float32 nats, from an artifact that scores: of the targets, by the selected
+            and by the final layer; 0 where a target is negative. It has no logits.
+    """
+
+    logprobs: Tensor | None = None
+    final_logprobs: Tensor | None = None
 
 
 def load(folder: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> OnnxRunner:
@@ -68,7 +77,7 @@ class OnnxRunner(GenerationMixin):
         self.manifest = manifest
         self.session = Session(path / GRAPH_FILE, manifest.signature, providers)
         self.device = self.session.device
-        self.dtype = getattr(torch, manifest.dtype)
+        self.dtype = torch.float32 if manifest.options.upcast else getattr(torch, manifest.dtype)
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.generation_config = GenerationConfig.from_pretrained(path)
@@ -81,6 +90,7 @@ class OnnxRunner(GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        targets: Tensor | None = None,
         **options: Any,
     ) -> RunnerOutput:
         """Run the graph on new tokens.
@@ -90,13 +100,15 @@ class OnnxRunner(GenerationMixin):
             attention_mask: `[B, P+S]`, 1 for tokens and 0 for padding on either side; None for all ones.
             position_ids: `[B, S]` int64 in [0, the model's context); None counts the mask.
             past_key_values: what an earlier run returned; None or empty to begin.
+            targets: `[B, S]` int64 in [0, V), the token wanted after each, negative for none; for an artifact made
+                with positions="score", and for no other.
             **options: `generate` passes `use_cache` and `return_dict`, which change nothing here. Others may be None or
                 False.
 
         Returns:
             logits and final_logits `[B, T, V]`, selected_layer `[B, T]` and entropy `[B, T, M]` on the device of
             `input_ids`, and past_key_values on that of the session. T is 1, or S in an artifact made with
-            positions="all".
+            positions="all". With positions="score" log-probabilities instead of logits.
 
         Raises:
             InvalidInputError: a tensor is of another kind, shapes do not fit each other, a token, mask or position is
@@ -105,21 +117,47 @@ class OnnxRunner(GenerationMixin):
         check_options(options)
         signature = self.manifest.signature
         past = _past_tensors(past_key_values, len(signature.past))
-        cached = past[0].shape[-2] if past else 0
+        cached = past_key_values.get_seq_length() if past and past_key_values is not None else 0
         feed = decoder_inputs(self.config, input_ids, attention_mask, position_ids, cached)
-        past = past or empty_past(signature, self.dtype, len(input_ids))
+        feed |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
+        past = past or empty_past(signature, len(input_ids))
         feed |= {spec.name: tensor for spec, tensor in zip(signature.past, past, strict=True)}
-        logits, final_logits, selected_layer, entropy, *present = self.session.run(feed).values()
-        logits, final_logits, selected_layer, entropy = (
-            tensor.to(input_ids.device) for tensor in (logits, final_logits, selected_layer, entropy)
-        )
-        return RunnerOutput(
-            logits=logits,
-            past_key_values=_cache(present),
-            final_logits=final_logits,
-            selected_layer=selected_layer,
-            entropy=entropy,
-        )
+        outputs = self.session.run(feed)
+        results: dict[str, Any] = {spec.name: outputs[spec.name].to(input_ids.device) for spec in signature.results}
+        cache = build_cache([spec.name for spec in signature.past], [outputs[spec.name] for spec in signature.present])
+        return RunnerOutput(past_key_values=cache, **results)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = 128) -> RunnerOutput:
+        """How likely the model finds a text: the log-probability of every token but the first, given those before.
+
+        Args:
+            input_ids: `[B, S]` int64 in [0, V), S at least 2.
+            attention_mask: `[B, S]`, 0 for padding on either side; None for all ones.
+            chunk: tokens a run, each continuing the cache of the one before; what is held is `B x chunk x V`.
+
+        Returns:
+            logprobs and final_logprobs `[B, S-1]`, 0 where the token or the one before it is padding; selected_layer
+            `[B, S-1]`, entropy `[B, S-1, M]`.
+
+        Raises:
+            InvalidInputError: the artifact was not made with positions="score", or the text has no second token.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+            raise InvalidInputError(
+                f"input_ids has shape {list(input_ids.shape)}; to score a text it must be [batch, sequence] with at "
+                "least two tokens."
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        targets = input_ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -1)
+        past, runs = None, []
+        for start in range(0, targets.shape[1], chunk):
+            end = min(start + chunk, targets.shape[1])
+            run = self(input_ids[:, start:end], mask[:, :end], past_key_values=past, targets=targets[:, start:end])
+            past = run.past_key_values
+            runs.append(run)
+        fields = [spec.name for spec in self.manifest.signature.results]
+        whole: dict[str, Any] = {name: torch.cat([run[name] for run in runs], dim=1) for name in fields}
+        return RunnerOutput(**whole)
 
     forward = __call__  # where generate looks for the signature
 
@@ -137,7 +175,7 @@ class OnnxRunner(GenerationMixin):
 
     def _assisted_decoding(self: Any, *arguments: Any, **options: Any) -> Any:
         """`GenerationMixin` checks several drafted tokens in one run, which takes logits at every position."""
-        if self.manifest.positions == "last":
+        if self.manifest.options.positions == "last":
             raise InvalidInputError(
                 "Assisted and prompt-lookup decoding need logits at every position, and this artifact returns those of "
                 "the last one. Export with positions='all', or decode without an assistant."
@@ -146,7 +184,7 @@ class OnnxRunner(GenerationMixin):
 
 
 def _past_tensors(cache: Cache | None, wanted: int) -> list[Tensor]:
-    """Keys and values of all layers in turn; empty for a cache that holds nothing yet."""
+    """What all layers hold, in the order of the signature; empty for a cache that holds nothing yet."""
     if cache is None:
         return []
     if not isinstance(cache, Cache):
@@ -155,21 +193,10 @@ def _past_tensors(cache: Cache | None, wanted: int) -> list[Tensor]:
         )
     if cache.get_seq_length() == 0:
         return []
-    tensors = cache_tensors(cache)
+    tensors = [state for _, _, state in cache_states(cache)]
     if len(tensors) != wanted:
         raise InvalidInputError(
-            f"past_key_values holds {len(tensors)} keys and values; those of this artifact are {wanted}. Give what a "
-            "run of the same artifact returned."
+            f"past_key_values holds {len(tensors)} tensors; the cache of this artifact has {wanted}. Give what a run "
+            "of the same artifact returned."
         )
     return tensors
-
-
-def _cache(present: list[Tensor]) -> DynamicCache:
-    """A cache on these very tensors: one made by `DynamicCache(pairs)` would hold copies."""
-    cache = DynamicCache()
-    for keys, values in zip(present[::2], present[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache

@@ -7,24 +7,24 @@ ones called `logits`, so that an unaware client decodes from them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from cdsurgery.errors import InvalidInputError, UnsupportedModelError
+from cdsurgery.export.linear_attention import check_linear_attention
+from cdsurgery.export.options import GraphOptions
+from cdsurgery.export.states import PARTS, cache_states
 from cdsurgery.probe import at_rest, probe_inputs
 
-Positions = Literal["last", "all"]
-
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
-DTYPES = {torch.float32: "float32", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: a name, a dtype as numpy spells it, and axes that are names (dynamic) or lengths."""
+    """One input or output: a name, a dtype as torch spells it, and axes that are names (dynamic) or lengths."""
 
     name: str
     dtype: str
@@ -43,78 +43,99 @@ class Signature:
 
     @property
     def past(self) -> tuple[TensorSpec, ...]:
-        """The inputs that hold the cache: layer by layer, key before value."""
-        return tuple(spec for spec in self.inputs if spec.name.startswith("past_key_values."))
+        """The inputs that hold the cache, layer by layer."""
+        return tuple(spec for spec in self.inputs if spec.name.startswith("past"))
+
+    @property
+    def present(self) -> tuple[TensorSpec, ...]:
+        """The outputs that hold the cache, in the order of `past`."""
+        return tuple(spec for spec in self.outputs if spec.name.startswith("present."))
+
+    @property
+    def results(self) -> tuple[TensorSpec, ...]:
+        """The outputs that are not the cache."""
+        return tuple(spec for spec in self.outputs if not spec.name.startswith("present."))
 
 
-def decoder_signature(model: Any, positions: Positions) -> Signature:
+def decoder_signature(model: Any, options: GraphOptions) -> Signature:
     """The signature of a wrapped model's graph.
 
     Args:
-        model: a `ConfidentHead` in float32 or float16.
-        positions: "last" for the logits of each row's last real token, "all" for those of every new token.
+        model: a `ConfidentHead`, already upcast where the options say so.
+        options: of the graph.
 
     Raises:
         InvalidInputError: the model is wrapped with probability=0.
-        UnsupportedModelError: the dtype has no kernels, or a layer keeps another state than keys and values.
+        UnsupportedModelError: a layer keeps another state than what `export.states` knows.
     """
-    dtype = DTYPES.get(model.dtype)
-    if dtype is None:
-        raise UnsupportedModelError(
-            f"The model is in {model.dtype}; an ONNX artifact can be float32 or float16. ONNX Runtime has no bfloat16 "
-            "kernels on CPU. Convert the model first, for example with model.float()."
-        )
     if model.confident.probability == 0:
         raise InvalidInputError(
             "The model is wrapped with probability=0, which is ordinary decoding: there is no selection to export. "
             "Wrap it with a probability above 0, or export the plain model with transformers."
         )
-    rows: str | int = SEQUENCE if positions == "all" else 1
-    candidates = model.confident.lookback + 1
-    vocabulary = model.config.get_text_config().vocab_size
     inputs = [
         TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
         TensorSpec("attention_mask", "int64", (BATCH, TOTAL)),
         TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),
     ]
-    outputs = [
-        TensorSpec("logits", dtype, (BATCH, rows, vocabulary)),
-        TensorSpec("final_logits", dtype, (BATCH, rows, vocabulary)),
-        TensorSpec("selected_layer", "int64", (BATCH, rows)),
-        TensorSpec("entropy", "float32", (BATCH, rows, candidates)),
-    ]
-    for index, shapes in enumerate(_cache_shapes(model)):
-        for part, (heads, size) in zip(("key", "value"), shapes, strict=True):
-            inputs.append(TensorSpec(f"past_key_values.{index}.{part}", dtype, (BATCH, heads, PAST, size)))
-            outputs.append(TensorSpec(f"present.{index}.{part}", dtype, (BATCH, heads, TOTAL, size)))
+    if options.positions == "score":
+        inputs.append(TensorSpec("targets", "int64", (BATCH, SEQUENCE)))
+    outputs = list(_results(model, options))
+    for index, part, state in _probe_states(model):
+        past, present, growing = PARTS[part].past, PARTS[part].present, PARTS[part].growing
+        dtype = str(state.dtype).removeprefix("torch.")
+        axes: list[str | int] = [BATCH, *state.shape[1:]]
+        for side, name, length in ((inputs, past, PAST), (outputs, present, TOTAL)):
+            if growing is not None:
+                axes[growing] = length
+            side.append(TensorSpec(name.format(index), dtype, tuple(axes)))
     return Signature(tuple(inputs), tuple(outputs))
 
 
-def _cache_shapes(model: Any) -> list[list[tuple[int, int]]]:
-    """(heads, head size) of the keys and the values of every cache layer, read off a cache that the model filled."""
+def _results(model: Any, options: GraphOptions) -> tuple[TensorSpec, ...]:
+    rows: str | int = 1 if options.positions == "last" else SEQUENCE
+    candidates = model.confident.lookback + 1
+    vocabulary = model.config.get_text_config().vocab_size
+    chosen = (
+        TensorSpec("selected_layer", "int64", (BATCH, rows)),
+        TensorSpec("entropy", "float32", (BATCH, rows, candidates)),
+    )
+    if options.positions == "score":
+        names = ("logprobs", "final_logprobs")
+        return (*(TensorSpec(name, "float32", (BATCH, rows)) for name in names), *chosen)
+    # Clients that read numpy arrays, onnxruntime-genai among them, know no bfloat16.
+    dtype = "float16" if model.dtype == torch.float16 else "float32"
+    return (*(TensorSpec(name, dtype, (BATCH, rows, vocabulary)) for name in ("logits", "final_logits")), *chosen)
+
+
+def _probe_states(model: Any) -> list[tuple[int, str, Tensor]]:
+    """What a cache holds that the model filled."""
     cache = DynamicCache(config=model.config)
     with at_rest(model):
         model(**probe_inputs(model), past_key_values=cache, use_cache=True)
-    for index, layer in enumerate(cache.layers):
-        if not (torch.is_tensor(getattr(layer, "keys", None)) and torch.is_tensor(getattr(layer, "values", None))):
-            raise UnsupportedModelError(
-                f"Layer {index} of this {type(model).__name__} keeps a state of type {type(layer).__name__}, not keys "
-                "and values. Only attention caches can be exported so far."
-            )
-    tensors = cache_tensors(cache)
-    shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in tensors]
-    return [list(pair) for pair in zip(shapes[::2], shapes[1::2], strict=True)]
+    states = list(cache_states(cache))
+    if all(PARTS[part].growing is None for _, part, _ in states):
+        raise UnsupportedModelError(
+            f"No layer of this {type(model).__name__} keeps keys and values, so its cache does not know how many "
+            "tokens it has seen. Models with some attention can be exported."
+        )
+    if any(part in ("conv", "recurrent") for _, part, _ in states):
+        check_linear_attention(model)
+    # Of a convolution's inputs transformers keeps one more than the next token reads; genai does not.
+    return [(index, part, state[..., 1:] if part == "conv" else state) for index, part, state in states]
 
 
-def cache_tensors(cache: Any) -> list[Tensor]:
-    """The keys and values of all layers of a transformers cache in turn, in the order of the signature."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
-def empty_past(signature: Signature, dtype: torch.dtype, batch: int, past: int = 0) -> list[Tensor]:
-    """Zeros for every past input, `[batch, heads, past, size]`, on the CPU."""
+def empty_past(signature: Signature, batch: int, past: int = 0) -> list[Tensor]:
+    """Zeros for every past input, `[batch, ...]` with `past` tokens, on the CPU."""
     lengths = {BATCH: batch, PAST: past}
     return [
-        torch.zeros([axis if isinstance(axis, int) else lengths[axis] for axis in spec.axes], dtype=dtype)
+        torch.zeros([axis if isinstance(axis, int) else lengths[axis] for axis in spec.axes], dtype=torch_dtype(spec))
         for spec in signature.past
     ]
+
+
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    """The spec's dtype as torch has it."""
+    dtype = getattr(torch, spec.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -5,10 +5,13 @@ entropies are compared on every row. Where two entropies on the scanned path lie
 there, either layer is right; such rows are left out of the comparison of layers and selected logits, and their share is
 shown.
 Tokens: greedy texts from both; where they part, the margin of the choice is shown, and must be within the tolerance.
+Noise: where a difference is above the tolerance, the model is run in a wider dtype too, to see how far PyTorch itself
+is from that. Some models amplify rounding, and no second runtime can be closer to them than they are to themselves.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +21,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cdsurgery.errors import InvalidInputError
+from cdsurgery.export.precision import computing_model
 from cdsurgery.export.report import TOLERANCES, Report, logit_scale, scan_margin
+from cdsurgery.export.routing import RoutingMargins
 from cdsurgery.export.runner import OnnxRunner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
@@ -50,19 +55,30 @@ def verify(
     """
     runner = artifact if isinstance(artifact, OnnxRunner) else load(artifact)
     _check_options(runner, model)
-    report = Report(TOLERANCES[runner.manifest.dtype], runner.manifest.layers)
-    generator = torch.Generator().manual_seed(0)
-    with at_rest(model):  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
-        for shape in SHAPES:
-            for padding in PADDINGS:
-                _compare_shape(report, runner, model, shape, padding, generator)
-        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        prompts = prompts or [
-            torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (1, 2, 3, 5, 8, 13)
-        ]
-        for first in range(0, len(prompts), TEXTS_AT_ONCE):
-            _compare_texts(report, runner, model, prompts[first : first + TEXTS_AT_ONCE], new_tokens)
+    truth: Any = computing_model(model, runner.manifest.options)
+    report = Report(TOLERANCES[str(truth.dtype).removeprefix("torch.")], runner.manifest.layers)
+    with at_rest(truth):
+        _compare_rows(report, runner, truth)
+        if runner.manifest.options.positions != "score":
+            generator = torch.Generator().manual_seed(0)
+            vocabulary = truth.config.get_text_config().vocab_size
+            prompts = prompts or [
+                torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (1, 2, 3, 5, 8, 13)
+            ]
+            for first in range(0, len(prompts), TEXTS_AT_ONCE):
+                _compare_texts(report, runner, truth, prompts[first : first + TEXTS_AT_ONCE], new_tokens)
+        if not report.close:
+            report.noise = Report(report.tolerance, report.depth)
+            _compare_rows(report.noise, truth, _wider(truth))
     return report
+
+
+def _wider(model: Any) -> Any:
+    """A copy of the model in the next wider dtype."""
+    copied = copy.deepcopy(model).to(torch.float64 if model.dtype == torch.float32 else torch.float32)
+    if copied._can_set_experts_implementation():
+        copied.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
+    return copied
 
 
 def _check_options(runner: OnnxRunner, model: Any) -> None:
@@ -70,47 +86,84 @@ def _check_options(runner: OnnxRunner, model: Any) -> None:
         raise InvalidInputError(
             f"This {type(model).__name__} is not wrapped. Compare with what cdsurgery.wrap returned."
         )
-    config, manifest = model.confident, runner.manifest
+    config, made = model.confident, runner.manifest.confident
     for name in ("lookback", "probability", "measure", *(["seed"] if 0 < config.probability < 1 else [])):
-        if getattr(config, name) != getattr(manifest, name):
+        if getattr(config, name) != getattr(made, name):
             raise InvalidInputError(
-                f"The artifact was made with {name}={getattr(manifest, name)!r}, the model is wrapped with "
+                f"The artifact was made with {name}={getattr(made, name)!r}, the model is wrapped with "
                 f"{name}={getattr(config, name)!r}. Wrap it with the artifact's options to compare them."
             )
 
 
+def _compare_rows(report: Report, found: Any, truth: Any) -> None:
+    """All shapes and paddings, in an artifact or a model and in the model that is the truth for it."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        for padding in PADDINGS:
+            _compare_shape(report, found, truth, shape, padding, generator)
+
+
 def _compare_shape(
-    report: Report, runner: OnnxRunner, model: Any, shape: Sequence[int], padding: str, generator: torch.Generator
+    report: Report, found: Any, truth: Any, shape: Sequence[int], padding: str, generator: torch.Generator
 ) -> None:
-    """Prefill, then continue the cache twice, in both runtimes, each with its own cache."""
+    """Prefill, then continue the cache twice, each with its own cache."""
     batch, *chunks = shape
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (batch, sum(chunks)), generator=generator)
+    vocabulary = truth.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, sum(chunks) + 1), generator=generator)
     mask = _padded_mask(batch, chunks, padding)
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    ours, theirs = None, DynamicCache(config=model.config)
+    caches: list[Any] = [None, None]
+    closest = torch.ones(batch, 1)
     for start, end in _spans(chunks):
         inputs = {
             "input_ids": ids[:, start:end],
             "attention_mask": mask[:, :end],
             "position_ids": positions[:, start:end],
         }
-        found = runner(**inputs, past_key_values=ours)
-        on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        truth = model(**on_device, past_key_values=theirs, use_cache=True)
-        ours = found.past_key_values
-        real = mask[:, start:end].bool()
-        if runner.manifest.positions == "last":
-            last = (real * torch.arange(1, end - start + 1)).amax(dim=-1, keepdim=True) - 1
-            kept = (torch.arange(batch)[:, None], last.clamp(min=0))
-            truth_rows = [truth[name].cpu()[kept] for name in _FIELDS]
-            real = real[kept]
-        else:
-            truth_rows = [truth[name].cpu() for name in _FIELDS]
-        report.add_rows([found[name][real] for name in _FIELDS], [rows[real] for rows in truth_rows])
+        targets, real = ids[:, start + 1 : end + 1], mask[:, start:end].bool()
+        kept = _last_rows(real) if _positions(found) == "last" else tuple(real.nonzero().unbind(-1))
+        sides = [_run(found, inputs, caches[0], targets)]
+        with RoutingMargins(batch, end - start) as routing:
+            sides.append(_run(truth, inputs, caches[1], targets))
+        caches = [run.past_key_values for run in sides]
+        # A token that goes to other experts changes all that attend to it.
+        closest = torch.cat([closest, routing.margins], dim=1).cummin(dim=1).values[:, 1:]
+        scored = _positions(found) == "score"
+        ours, theirs = (_rows(run, kept, targets if scored else None) for run in sides)
+        report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[kept]), closest[kept])
+        closest = closest[:, -1:]
 
 
-_FIELDS = ("logits", "final_logits", "selected_layer", "entropy")
+def _positions(model: Any) -> str:
+    return model.manifest.options.positions if isinstance(model, OnnxRunner) else "all"
+
+
+def _run(model: Any, inputs: dict[str, Tensor], cache: Any, targets: Tensor) -> Any:
+    if isinstance(model, OnnxRunner):
+        return model(**inputs, past_key_values=cache, targets=targets if _positions(model) == "score" else None)
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return model(**on_device, past_key_values=cache, use_cache=True)
+
+
+def _last_rows(real: Tensor) -> tuple[Tensor, ...]:
+    """Row and column of each text's last token that is `real` `[B, S]`."""
+    last = (real * torch.arange(1, real.shape[1] + 1)).amax(dim=-1) - 1
+    return torch.arange(len(real)), last.clamp(min=0)
+
+
+def _rows(run: Any, kept: tuple[Tensor, ...], targets: Tensor | None) -> list[Tensor]:
+    """Selected and final logits (or log-probabilities of the targets), layers and entropies of the kept rows."""
+    if run.logits is None:  # an artifact that scores
+        fields = [run.logprobs[..., None], run.final_logprobs[..., None], run.selected_layer, run.entropy]
+    else:
+        logits = [run.logits.cpu(), run.final_logits.cpu()]
+        if targets is not None:
+            wide = [z if z.dtype == torch.float64 else z.float() for z in logits]
+            logits = [z.log_softmax(dim=-1).gather(-1, targets[..., None]) for z in wide]
+        fields = [*logits, run.selected_layer.cpu(), run.entropy.cpu()]
+    one = fields[0].shape[1] == 1  # an artifact that returns last rows only
+    return [field[kept[0], 0 if one else kept[1]] for field in fields]
 
 
 def _padded_mask(batch: int, chunks: Sequence[int], padding: str) -> Tensor:
@@ -149,12 +202,14 @@ def _compare_texts(report: Report, runner: Any, model: Any, prompts: Sequence[Se
             continue
         step = int(differing[0])
         before = torch.tensor([[*prompt, *their_text[:step].tolist()]], device=model.device)
-        row = model(before, logits_to_keep=1)
+        with RoutingMargins(*before.shape) as routing:
+            row = model(before, logits_to_keep=1)
         logits = row.logits[0, 0].float()
         scale = logit_scale(row.final_logits)[0, 0].clamp(min=1)
         parting = {
             "text": report.texts,
             "layer_margin": float(scan_margin(row.entropy) / scale),
             "token_margin": float((logits[their_text[step]] - logits[our_text[step]]).abs() / scale),
+            "routing_margin": float(routing.margins.min()),
         }
         report.add_text(step, parting)

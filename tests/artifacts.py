@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from families import HIDDEN, tiny_model
+from families import tiny_model
 from torch import Tensor
 
 import cdsurgery
@@ -19,43 +19,60 @@ from cdsurgery import ConfidentHead, export
 
 LOOKBACK = 2  # less than the depth allows, so that a candidate too deep shows
 EXPORTED = ("llama", "qwen3")
-_FOLDER = tempfile.TemporaryDirectory(prefix="artifacts-")
-atexit.register(_FOLDER.cleanup)
+_SMALL = {"num_hidden_layers": 4, "tie_word_embeddings": True}  # tied, so that a weight saved twice would show
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": _SMALL,
+    "qwen3": _SMALL,
+    # The default of 1, where others divide by the root of the head size, makes attention amplify every rounding.
+    "granite": {"attention_multiplier": 0.25},
+}
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="artifacts-")
+atexit.register(_TEMPORARY.cleanup)
+FOLDER = Path(_TEMPORARY.name)
 
 
 @functools.cache
-def wrapped(family: str, **options: Any) -> ConfidentHead:
-    """A wrapped tiny model of 4 layers; tied, so that a weight saved twice would show, and sure of some tokens."""
-    model = tiny_model(family, num_hidden_layers=4, tie_word_embeddings=True)
+def wrapped(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> ConfidentHead:
+    """A wrapped tiny model, sure of some tokens."""
+    model = tiny_model(family, dtype, **_OPTIONS.get(family, {}))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)  # entropies from 1e-5 nats to 4
     return cdsurgery.wrap(model, **({"lookback": LOOKBACK} | options))
 
 
 @functools.cache
-def artifact(family: str, positions: Any = "last", **options: Any) -> Path:
-    """The folder of its artifact."""
-    name = "-".join([family, positions, *(f"{k}-{v}" for k, v in options.items())])
-    return export.to_onnx(wrapped(family, **options), Path(_FOLDER.name) / name, positions=positions)
+def artifact(family: str, positions: Any = "last", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """The folder of its artifact; `options` are those of `to_onnx` or, if it has none of that name, of `wrap`."""
+    name = "-".join([family, positions, str(dtype), *(f"{k}-{v}" for k, v in options.items())])
+    exporting = {key: options.pop(key) for key in ("target", "upcast") if key in options}
+    model = wrapped(family, dtype, **options)
+    return export.to_onnx(model, FOLDER / name, positions=positions, **exporting)
 
 
 class Client:
     """Feeds a decoder by the names that every ONNX client expects."""
 
     def __init__(self, folder: Path) -> None:
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        self.path = str(folder / "model.onnx")
+        self.session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
-        self.cache_inputs = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.cache_inputs = [value for value in self.session.get_inputs() if value.name.startswith("past")]
 
     def __call__(self, ids: Tensor, mask: Tensor, past: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Run new tokens `[B, S]` under a mask `[B, P+S]`; `past` is what an earlier call returned."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
-        for name in self.cache_inputs:
-            present = name.replace("past_key_values", "present")
-            feed[name] = np.zeros((len(ids), 2, 0, HIDDEN // 4), np.float32) if past is None else past[present]
+        for value in self.cache_inputs:
+            present = value.name.replace("past_key_values", "past").replace("past", "present")
+            feed[value.name] = _zeros(value, len(ids)) if past is None else past[present]
         return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+
+
+def _zeros(value: Any, batch: int) -> np.ndarray:
+    lengths = {"batch": batch, "past": 0}
+    kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
+    return np.zeros([lengths.get(axis, axis) for axis in value.shape], kind)
 
 
 def padded(batch: int, length: int, side: str) -> Tensor:

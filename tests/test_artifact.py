@@ -31,9 +31,10 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 def test_the_manifest_describes_the_artifact() -> None:
     fields = json.loads((artifact("llama") / "cdsurgery.json").read_text())
-    assert fields["schema_version"] == 1
-    assert (fields["model_type"], fields["layers"], fields["lookback"]) == ("llama", 4, LOOKBACK)
-    assert (fields["dtype"], fields["positions"], fields["measure"]) == ("float32", "last", "entropy")
+    assert fields["schema_version"] == 2
+    assert (fields["model_type"], fields["layers"], fields["dtype"]) == ("llama", 4, "float32")
+    assert fields["confident"] == {"lookback": LOOKBACK, "probability": 1.0, "seed": None, "measure": "entropy"}
+    assert fields["options"] == {"positions": "last", "target": "portable", "upcast": False}
     assert fields["versions"]["torch"] == torch.__version__
     assert fields["parity"]["passed"]
     assert fields["parity"]["rows"] > 100
@@ -96,14 +97,19 @@ def test_a_graph_that_disagrees_with_the_model_is_not_kept(tmp_path: Path, monke
 def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="is not wrapped"):
         export.to_onnx(tiny_model("llama"), tmp_path / "a")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="'last' or 'all'"):
+    with pytest.raises(InvalidInputError, match="'last', 'all', 'score'"):
         export.to_onnx(wrapped("llama"), tmp_path / "a", positions="first")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="probability=0"):
         export.to_onnx(cdsurgery.wrap(tiny_model("llama"), probability=0), tmp_path / "a")
-    with pytest.raises(UnsupportedModelError, match=r"torch\.bfloat16"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"bfloat16, for which ONNX Runtime has no kernels on the CPU.*upcast=True.*parity=False",
+    ):
         export.to_onnx(cdsurgery.wrap(tiny_model("llama", torch.bfloat16)), tmp_path / "a")
-    with pytest.raises(UnsupportedModelError, match="keys and values"):
-        export.to_onnx(cdsurgery.wrap(tiny_model("qwen3_5_text")), tmp_path / "a")
+    with pytest.raises(UnsupportedModelError, match="target='cuda' has operators that only the CUDA provider has"):
+        export.to_onnx(wrapped("llama"), tmp_path / "a", target="cuda")
+    with pytest.raises(InvalidInputError, match=r"upcast was asked for, but the model is in torch\.float32"):
+        export.to_onnx(wrapped("llama"), tmp_path / "a", upcast=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -138,10 +144,10 @@ def test_a_manifest_that_points_out_of_the_folder_is_refused(copy: Path) -> None
 
 
 def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, tmp_path: Path) -> None:
-    edit_manifest(copy, schema_version=2)
-    with pytest.raises(ArtifactError, match="schema version 2; this cdsurgery reads version 1"):
+    edit_manifest(copy, schema_version=3)
+    with pytest.raises(ArtifactError, match="schema version 3; this cdsurgery reads version 2"):
         export.load(copy)
-    for broken in ("{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "signature": {}}'):
+    for broken in ("{", "[]", '{"schema_version": 2}', '{"schema_version": 2, "signature": {}}'):
         (copy / "cdsurgery.json").write_text(broken)
         with pytest.raises(ArtifactError, match="is not a manifest"):
             export.load(copy)

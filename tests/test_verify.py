@@ -111,10 +111,16 @@ def test_entropies_are_held_on_the_scale_of_the_logits_they_are_made_of() -> Non
 
 
 def test_a_difference_of_tokens_passes_only_with_a_margin_that_explains_it() -> None:
-    for margins, passes in (((1.0, 1.0), False), ((1e-6, 1.0), True), ((1.0, 1e-6), True)):
+    names = ("layer_margin", "token_margin", "routing_margin")
+    for margins, passes in (
+        ((1.0, 1.0, 1.0), False),
+        ((1e-6, 1.0, 1.0), True),
+        ((1.0, 1e-6, 1.0), True),
+        ((1.0, 1.0, 1e-6), True),
+    ):
         report = Report(TOLERANCES["float32"], 4)
         report.add_rows(rows(4, [2.0, 3.0], [1.0, 2.0]), rows(4, [2.0, 3.0], [1.0, 2.0]))
-        report.add_text(5, {"text": 1, "layer_margin": margins[0], "token_margin": margins[1]})
+        report.add_text(5, dict(zip(names, margins, strict=True), text=1))
         assert report.passed is passes
         assert (report.tokens, report.tokens_equal) == (6, 5)
         assert "parts at token 5" in str(report)

@@ -25,12 +25,10 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     """Wrap the model as the manifest says, compare, print the report."""
     with screen.stage(f"Reading {options.artifact}"):
         export = import_export()
-        from cdsurgery.config import ConfidentConfig
         from cdsurgery.export.manifest import read_manifest
 
         made = read_manifest(options.artifact)
-    config = ConfidentConfig(made.lookback, made.probability, made.seed, made.measure)
-    model = wrap(load(options.against, screen), config, screen)
+    model = wrap(load(options.against, screen), made.confident, screen)
     with screen.stage("Comparing"):
         report = export.verify(options.artifact, model)
     screen.result(report.to_dict(), str(report))

@@ -1,0 +1,36 @@
+"""What an artifact was asked for -> options checked once: which rows, for which runtime, in which arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cdsurgery.errors import InvalidInputError
+
+Positions = Literal["last", "all", "score"]
+Target = Literal["portable", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How a decoder graph is made.
+
+    Attributes:
+        positions: "last" returns logits `[B, 1, V]` of each row's last real token, as decoding needs; "all"
+            `[B, S, V]`; "score" takes `targets` and returns their log-probabilities `[B, S]` instead, and never holds
+            the logits of more than one candidate.
+        target: "portable" for standard operators only, which any runtime has; "cpu" or "cuda" for those of that
+            provider of ONNX Runtime.
+        upcast: keep the weights in the model's half precision, and compute in float32.
+    """
+
+    positions: Positions = "last"
+    target: Target = "portable"
+    upcast: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("positions", get_args(Positions)), ("target", get_args(Target))):
+            if getattr(self, name) not in allowed:
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}."
+                )

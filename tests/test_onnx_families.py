@@ -1,0 +1,163 @@
+"""Every family that is exported: equal to PyTorch at every shape and padding, in every dtype that runs here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from artifacts import LOOKBACK, Client, artifact, padded, wrapped
+from families import algorithm_1, token_ids
+from torch import Tensor
+
+from cdsurgery.export.report import scan_margin
+
+# fmt: off
+ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemma2", "gemma3_text", "gemma4_text",
+             "phi3", "cohere2", "granite", "olmo2", "deepseek_v3", "smollm3", "gpt2", "opt"]
+# fmt: on
+HYBRIDS = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
+FAMILIES = ATTENTION + HYBRIDS
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+# (batch, prompt, chunks that continue the cache): one token and many, past the windows of 4 tokens, batches the sample
+# never had.
+SHAPES = [
+    (1, 1, (1,)),
+    (1, 9, (1, 1)),
+    (2, 3, (4,)),
+    (3, 7, (1,)),
+    (4, 12, (5, 1)),
+    (5, 2, (9,)),
+    (1, 40, (3,)),
+    (2, 65, (1,)),
+]
+# In parts of the row's largest logit: float32 sums in another order.
+RELATIVE = 1e-5
+FIELDS = ("logits", "final_logits", "selected_layer", "entropy")
+
+
+@torch.no_grad()
+def reference(family: str, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """PyTorch on the whole text at once, without a cache, so that the graph's cache is tested too."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = wrapped(family)(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return {name: out[name] for name in FIELDS}
+
+
+def differing(found: dict[str, np.ndarray], truth: dict[str, Tensor]) -> int:
+    """Hold last rows `[B, ...]` against PyTorch's; return how many scans were too close to call."""
+    ours = {name: torch.from_numpy(found[name][:, -1]) for name in FIELDS}
+    scale = truth["final_logits"].abs().amax(-1, keepdim=True)
+    nats = (ours["entropy"] - truth["entropy"]).abs()
+    assert (nats / scale.clamp(min=1)).max() < RELATIVE
+    assert ((ours["final_logits"] - truth["final_logits"]) / scale).abs().max() < RELATIVE
+    clear = scan_margin(truth["entropy"]) > 2 * nats.amax(-1)
+    assert torch.equal(ours["selected_layer"][clear], truth["selected_layer"][clear])
+    assert ((ours["logits"] - truth["logits"]) / scale)[clear].abs().amax() < RELATIVE
+    return int((~clear).sum())
+
+
+@every_family
+def test_every_shape_padding_and_continuation_equals_pytorch(family: str) -> None:
+    client, rows, unclear = Client(artifact(family)), 0, 0
+    for side in ("none", "left", "right"):
+        if side == "right" and family in HYBRIDS:
+            continue  # what follows padding is computed from it, in PyTorch too: a recurrent state has no mask
+        for seed, (batch, prompt, chunks) in enumerate(SHAPES):
+            total = prompt + sum(chunks)
+            ids = token_ids(batch, total, seed)
+            mask = torch.cat([padded(batch, prompt, side), torch.ones(batch, total - prompt, dtype=torch.int64)], dim=1)
+            truth = reference(family, ids, mask)
+            past, start = None, 0
+            for end in np.cumsum([prompt, *chunks]).tolist():
+                past = client(ids[:, start:end], mask[:, :end], past)
+                last = [max(t for t in range(start, end) if row[t]) for row in mask.tolist()]
+                unclear += differing(past, {name: value[range(batch), last] for name, value in truth.items()})
+                rows, start = rows + batch, end
+    assert unclear < 0.05 * rows
+
+
+@every_family
+def test_each_row_equals_the_row_alone(family: str) -> None:
+    client = Client(artifact(family))
+    ids, mask = token_ids(4, 10), padded(4, 10, "left")
+    together = client(ids, mask)
+    for row in range(4):
+        alone = client(ids[row : row + 1, row:], mask[row : row + 1, row:])
+        scale = np.abs(alone["final_logits"]).max()
+        for name in ("logits", "final_logits", "entropy"):
+            assert np.abs(together[name][row] - alone[name][0]).max() < RELATIVE * max(scale, 1)
+        assert together["selected_layer"][row] == alone["selected_layer"][0]
+
+
+@every_family
+def test_the_selection_follows_exactly_from_the_entropies_and_has_no_control_flow(family: str) -> None:
+    layers = len(wrapped(family).anatomy.layers)
+    client = Client(artifact(family))
+    found = client(token_ids(64, 6), torch.ones(64, 6, dtype=torch.int64))
+    depth = np.array([[algorithm_1(row) for row in rows] for rows in found["entropy"].tolist()])
+    assert found["entropy"].shape == (64, 1, LOOKBACK + 1)
+    assert np.array_equal(found["selected_layer"], layers - depth)
+    assert 0 < (depth > 0).mean() < 1
+    unmoved = depth == 0
+    assert np.array_equal(found["logits"][unmoved], found["final_logits"][unmoved])
+    assert not np.array_equal(found["logits"][~unmoved], found["final_logits"][~unmoved])
+
+
+@every_family
+def test_the_file_passes_the_checker_and_stores_every_weight_once(family: str) -> None:
+    path = artifact(family) / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": 20}
+    control = {node.op_type for node in model.graph.node} & {"If", "Loop", "Scan", "SequenceMap"}
+    assert control == ({"Scan"} if family in HYBRIDS else set())  # chunks of linear attention; none in the selection
+    parameters = sum(parameter.numel() * 4 for parameter in wrapped(family).parameters())
+    size = sum(onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer)
+    assert 0.9 * parameters < size < 1.02 * parameters + 65536
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "gpt_oss", "qwen3_5_text"])
+def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
+    """The export itself compares; here both are held against float32 on the same weights."""
+    folder = artifact(family, dtype=torch.float16)
+    parity = json.loads((folder / "cdsurgery.json").read_text())["parity"]
+    assert parity["passed"]
+    found = Client(folder)(ids := token_ids(8, 12), mask := torch.ones(8, 12, dtype=torch.int64))
+    assert found["logits"].dtype == np.float16
+    assert found["entropy"].dtype == np.float32
+    half, exact = wrapped(family, torch.float16), _float(family, torch.float16)
+    with torch.no_grad():
+        ours = torch.from_numpy(found["final_logits"][:, -1]).float()
+        theirs = half(ids, attention_mask=mask).final_logits[:, -1].float()
+        truth = exact(ids, attention_mask=mask).final_logits[:, -1]
+    error, theirs_error = ((z - truth).abs().mean() for z in (ours, theirs))
+    assert error < 1.5 * theirs_error
+    # The entropies are float32's: of the logits that the graph returned, not rounded to half.
+    log_p = torch.from_numpy(found["final_logits"][:, -1]).double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    assert (torch.from_numpy(found["entropy"][:, -1, 0]) - entropy).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+def test_bfloat16_weights_are_kept_and_computed_in_float32(family: str) -> None:
+    folder = artifact(family, dtype=torch.bfloat16, upcast=True)
+    stored = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+    size = {kind: sum(np.prod(w.dims) for w in stored if w.data_type == kind) for kind in {w.data_type for w in stored}}
+    assert size[onnx.TensorProto.BFLOAT16] > 0.95 * sum(size.values())
+    found = Client(folder)(ids := token_ids(8, 12), mask := torch.ones(8, 12, dtype=torch.int64))
+    with torch.no_grad():
+        exact = _float(family, torch.bfloat16)(ids, attention_mask=mask)
+    scale = exact.final_logits.abs().max()
+    assert np.abs(found["final_logits"][:, -1] - exact.final_logits[:, -1].numpy()).max() < RELATIVE * scale
+
+
+def _float(family: str, dtype: torch.dtype) -> Any:
+    """The weights of the half-precision model in float32."""
+    import copy
+
+    return copy.deepcopy(wrapped(family, dtype)).float()
