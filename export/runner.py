@@ -15,12 +15,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
+from cdsurgery.export.cache import build_cache, cache_states
 from cdsurgery.export.clients import GRAPH_FILE
 from cdsurgery.export.inputs import check_options, check_targets, decoder_inputs
 from cdsurgery.export.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.session import Provider, Session
 from cdsurgery.export.signature import empty_past
-from cdsurgery.export.states import build_cache, cache_states
 from cdsurgery.output import ConfidentOutput
 
 
