@@ -7,7 +7,8 @@
     print(export.verify("artifact/", model))      # parity with PyTorch, row by row
 
 Where to look: `signature` (the names and shapes that everything else follows), `graph` (what is traced), `onnx` (how it
-becomes a file), `manifest` (what is written about it), `runner` (how it runs), `verify` (whether it is the same).
+becomes a file), `manifest` (what is written about it), `clients` (what others read of it), `runner` (how it runs),
+`session` (on which device), `verify` (whether it is the same).
 """
 
 from importlib.util import find_spec
