@@ -36,6 +36,8 @@ class Manifest:
         files: name -> {"sha256": hex, "size": bytes} for every other file.
         not_for: client -> why it cannot run this artifact.
         parity: the report of the comparison with PyTorch that the artifact passed; None where there was none.
+        quantization: None, or {"scheme": "int8" or "int4", "head": whether the unembedding was quantised,
+            "float": names of the matrices that were not}.
     """
 
     schema_version: int
@@ -50,6 +52,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     not_for: dict[str, str]
     parity: dict[str, Any] | None
+    quantization: dict[str, Any] | None
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, with the same bytes for the same contents."""

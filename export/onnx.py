@@ -33,10 +33,12 @@ from cdsurgery.export.linear_attention import traceable_linear_attention
 from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
 from cdsurgery.export.options import GraphOptions, Positions, Target
 from cdsurgery.export.precision import computing_model, narrow_weights_, providers_for
+from cdsurgery.export.quantization import Scheme, quantizable, quantize
 from cdsurgery.export.runner import OnnxRunner
 from cdsurgery.export.signature import Signature, TensorSpec, decoder_signature
 from cdsurgery.export.staging import staged_folder
 from cdsurgery.export.verify import verify
+from cdsurgery.export.weights import multiply_in_place, name_weights
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 
@@ -52,6 +54,8 @@ def to_onnx(
     positions: Positions = "last",
     target: Target = "portable",
     upcast: bool = False,
+    quantization: Scheme | None = None,
+    quantize_head: bool = True,
     parity: bool = True,
 ) -> Path:
     """Export a wrapped model.
@@ -64,6 +68,8 @@ def to_onnx(
             log-probabilities `[B, S]` of given targets, with the logits of no more than one candidate in memory.
         target: "portable" for standard operators, "cpu" or "cuda" for those of that provider of ONNX Runtime.
         upcast: keep half-precision weights and compute in float32, as ONNX Runtime's CPU needs it for bfloat16.
+        quantization: "int4" (weights) or "int8" (weights and activations) quantises the matrices; None leaves them.
+        quantize_head: whether the unembedding, and with it a tied embedding, is among them.
         parity: run the artifact against the model before it appears. False is for graphs that cannot run here, such
             as bfloat16 ones made on a CPU for TensorRT; the manifest then says that there was no comparison.
 
@@ -79,17 +85,26 @@ def to_onnx(
         raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
     options = GraphOptions(positions, target, upcast)
     providers = providers_for(model, options) if parity else []
+    computing = computing_model(model, options)
+    names = quantizable(computing, options, quantization, quantize_head) if quantization is not None else set()
     with staged_folder(folder) as aside:
-        computing = computing_model(model, options)
         signature = decoder_signature(computing, options)
         graph = _trace(computing, signature, options)
         _name(graph, signature)
+        name_weights(graph, computing)
+        multiply_in_place(graph)
+        done = None
+        if quantization is not None:
+            quantized = quantize(graph, quantization, names)
+            left = [name for name, weight in model.named_parameters() if weight.ndim > 1 and name not in quantized]
+            done = {"scheme": quantization, "head": quantize_head, "float": left}
         if upcast:
             narrow_weights_(graph, model.dtype)  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
         not_for = write_client_files(aside, model, signature, tokenizer)
-        manifest = _manifest(model, signature, options, not_for)
-        report = verify(OnnxRunner(aside, manifest, providers), model) if parity else None
+        manifest = _manifest(model, signature, options, not_for, done)
+        runner = OnnxRunner(aside, manifest, providers, weights_in_place=done is None) if parity else None
+        report = verify(runner, model) if runner is not None else None
         if report is not None and not report.passed:
             raise ArtifactError(f"The exported graph does not agree with the model, so it was not kept.\n{report}")
         passed = None if report is None else report.to_dict()
@@ -169,7 +184,13 @@ def _check_fixed_axes(value: onnx_ir.Value, spec: TensorSpec) -> None:
         )
 
 
-def _manifest(model: Any, signature: Signature, options: GraphOptions, not_for: dict[str, str]) -> Manifest:
+def _manifest(
+    model: Any,
+    signature: Signature,
+    options: GraphOptions,
+    not_for: dict[str, str],
+    quantization: dict[str, Any] | None,
+) -> Manifest:
     config = model.confident
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -184,4 +205,5 @@ def _manifest(model: Any, signature: Signature, options: GraphOptions, not_for: 
         files={},
         not_for=not_for,
         parity=None,
+        quantization=quantization,
     )

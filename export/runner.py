@@ -59,6 +59,7 @@ class OnnxRunner(GenerationMixin):
 
     Attributes:
         config, generation_config: as the exported model had them.
+        folder: of the artifact.
         manifest: what the artifact says of itself.
         session: the graph, open in ONNX Runtime.
         device: where the session computes and the cache stays.
@@ -71,11 +72,16 @@ class OnnxRunner(GenerationMixin):
     _is_stateful = False
 
     def __init__(
-        self, folder: str | os.PathLike[str], manifest: Manifest, providers: Sequence[Provider] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        providers: Sequence[Provider] | None = None,
+        *,
+        weights_in_place: bool = False,
     ) -> None:
         path = Path(folder)
-        self.manifest = manifest
-        self.session = Session(path / GRAPH_FILE, manifest.signature, providers)
+        self.folder, self.manifest = path, manifest
+        self.session = Session(path / GRAPH_FILE, manifest.signature, providers, weights_in_place=weights_in_place)
         self.device = self.session.device
         self.dtype = torch.float32 if manifest.options.upcast else getattr(torch, manifest.dtype)
         try:

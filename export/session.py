@@ -35,13 +35,22 @@ class Session:
         device: where its floating-point tensors live: the CUDA device of the providers, or the CPU.
     """
 
-    def __init__(self, path: Path, signature: Signature, providers: Sequence[Provider] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        signature: Signature,
+        providers: Sequence[Provider] | None = None,
+        *,
+        weights_in_place: bool = False,
+    ) -> None:
         """Open the graph.
 
         Args:
             path: the graph file; its weights lie beside it.
             signature: what it takes and returns.
             providers: execution providers in order of preference; None means CPU.
+            weights_in_place: read weights where they are, in the mapped file. Otherwise every matrix is copied into the
+                order that its kernel likes: faster, for as much memory again as the weights.
 
         Raises:
             InvalidInputError: a provider is not available, or cannot be started on this machine.
@@ -52,6 +61,8 @@ class Session:
         check_external_data(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
+        if weights_in_place:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # ONNX Runtime raises its own kinds, none of them public

@@ -17,7 +17,7 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` on success and vanishes on any error.
 
     Raises:
-        ArtifactError: `target` exists already, or its parent does not.
+        ArtifactError: `target` exists already, its parent does not, or a file cannot be written: the disk is full.
     """
     place = Path(target).absolute()
     if place.exists() or place.is_symlink():
@@ -30,5 +30,14 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield aside
         aside.chmod(0o755)  # mkdtemp makes it private
         os.replace(aside, place)
+    except Exception as error:
+        # Libraries in Rust (tokenizers, safetensors) raise their own kinds and print the system's error at the end.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        free = shutil.disk_usage(place.parent).free
+        raise ArtifactError(
+            f"{target} could not be written, and nothing of it was kept: {error}. {free:,} bytes are free in "
+            f"{place.parent}; make room there, or give a folder on another disk."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

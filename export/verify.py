@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
+from cdsurgery.export.dequantization import borrowed_weights
+from cdsurgery.export.noise import NoiseReport, rounding_noise
 from cdsurgery.export.precision import computing_model
 from cdsurgery.export.report import TOLERANCES, Report, logit_scale, scan_margin
 from cdsurgery.export.routing import RoutingMargins
 from cdsurgery.export.runner import OnnxRunner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
+
+AnyReport = Report | NoiseReport
 
 # (batch, prompt, first continuation, second continuation)
 SHAPES = ((1, 1, 1, 1), (1, 7, 1, 5), (2, 3, 1, 1), (2, 16, 4, 1), (3, 9, 2, 7), (4, 5, 1, 3), (1, 33, 1, 1))
@@ -40,7 +45,7 @@ def verify(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     new_tokens: int = 8,
-) -> Report:
+) -> AnyReport:
     """Compare an artifact with the wrapped model it was made from.
 
     Args:
@@ -49,15 +54,18 @@ def verify(
         prompts: token ids to decode greedily from; None takes a few random ones.
         new_tokens: to decode for each prompt.
 
+    A quantised artifact is compared with the model under the artifact's own weights, which must be roundings of the
+    model's.
+
     Raises:
         InvalidInputError: the model is not wrapped, or with other options.
-        ArtifactError: the artifact cannot be opened.
+        ArtifactError: the artifact cannot be opened, or its quantised weights are not those of the model.
     """
     runner = artifact if isinstance(artifact, OnnxRunner) else load(artifact)
     _check_options(runner, model)
     truth: Any = computing_model(model, runner.manifest.options)
-    report = Report(TOLERANCES[str(truth.dtype).removeprefix("torch.")], runner.manifest.layers)
-    with at_rest(truth):
+    with at_rest(truth), borrowed_weights(runner.folder, truth) as borrowed:
+        report = _report(runner, truth, borrowed)
         _compare_rows(report, runner, truth)
         if runner.manifest.options.positions != "score":
             generator = torch.Generator().manual_seed(0)
@@ -67,10 +75,18 @@ def verify(
             ]
             for first in range(0, len(prompts), TEXTS_AT_ONCE):
                 _compare_texts(report, runner, truth, prompts[first : first + TEXTS_AT_ONCE], new_tokens)
-        if not report.close:
+        if isinstance(report, Report) and not report.close:
             report.noise = Report(report.tolerance, report.depth)
             _compare_rows(report.noise, truth, _wider(truth))
     return report
+
+
+def _report(runner: OnnxRunner, truth: Any, borrowed: Collection[str]) -> AnyReport:
+    """An empty report of the kind that the artifact's arithmetic asks for."""
+    made = runner.manifest
+    if made.quantization is None or made.quantization["scheme"] != "int8":
+        return Report(TOLERANCES[str(truth.dtype).removeprefix("torch.")], made.layers)
+    return NoiseReport(made.layers, rounding_noise(truth, borrowed), MEASURES[made.confident.measure])
 
 
 def _wider(model: Any) -> Any:
@@ -95,7 +111,7 @@ def _check_options(runner: OnnxRunner, model: Any) -> None:
             )
 
 
-def _compare_rows(report: Report, found: Any, truth: Any) -> None:
+def _compare_rows(report: AnyReport, found: Any, truth: Any) -> None:
     """All shapes and paddings, in an artifact or a model and in the model that is the truth for it."""
     generator = torch.Generator().manual_seed(0)
     for shape in SHAPES:
@@ -104,7 +120,7 @@ def _compare_rows(report: Report, found: Any, truth: Any) -> None:
 
 
 def _compare_shape(
-    report: Report, found: Any, truth: Any, shape: Sequence[int], padding: str, generator: torch.Generator
+    report: AnyReport, found: Any, truth: Any, shape: Sequence[int], padding: str, generator: torch.Generator
 ) -> None:
     """Prefill, then continue the cache twice, each with its own cache."""
     batch, *chunks = shape
@@ -121,16 +137,20 @@ def _compare_shape(
             "position_ids": positions[:, start:end],
         }
         targets, real = ids[:, start + 1 : end + 1], mask[:, start:end].bool()
-        kept = _last_rows(real) if _positions(found) == "last" else tuple(real.nonzero().unbind(-1))
+        last_only = _positions(found) == "last"
+        kept = _last_rows(real) if last_only else tuple(real.nonzero().unbind(-1))
+        # Rows that are not compared are not projected: M x V numbers each, several times over in an entropy.
+        first = int(kept[1].min()) if last_only else 0
         sides = [_run(found, inputs, caches[0], targets)]
         with RoutingMargins(batch, end - start) as routing:
-            sides.append(_run(truth, inputs, caches[1], targets))
+            sides.append(_run(truth, inputs, caches[1], targets, end - start - first))
         caches = [run.past_key_values for run in sides]
         # A token that goes to other experts changes all that attend to it.
         closest = torch.cat([closest, routing.margins], dim=1).cummin(dim=1).values[:, 1:]
-        scored = _positions(found) == "score"
-        ours, theirs = (_rows(run, kept, targets if scored else None) for run in sides)
-        report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[kept]), closest[kept])
+        wanted = targets if _positions(found) == "score" else None
+        projected = (kept[0], kept[1] - first)
+        ours, theirs = _rows(sides[0], kept, wanted), _rows(sides[1], projected, wanted)
+        report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[projected]), closest[kept])
         closest = closest[:, -1:]
 
 
@@ -138,12 +158,13 @@ def _positions(model: Any) -> str:
     return model.manifest.options.positions if isinstance(model, OnnxRunner) else "all"
 
 
-def _run(model: Any, inputs: dict[str, Tensor], cache: Any, targets: Tensor) -> Any:
+def _run(model: Any, inputs: dict[str, Tensor], cache: Any, targets: Tensor, rows: int = 0) -> Any:
+    """Run an artifact, or a model that projects its last `rows` positions; 0 for all."""
     if isinstance(model, OnnxRunner):
         return model(**inputs, past_key_values=cache, targets=targets if _positions(model) == "score" else None)
     cache = DynamicCache(config=model.config) if cache is None else cache
     on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    return model(**on_device, past_key_values=cache, use_cache=True)
+    return model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=rows)
 
 
 def _last_rows(real: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +206,9 @@ def _spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
         start += chunk
 
 
-def _compare_texts(report: Report, runner: Any, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def _compare_texts(
+    report: AnyReport, runner: Any, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> None:
     """Decode a left-padded batch greedily in both runtimes; where a text parts, look at what the choice hung on."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])

@@ -47,12 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not run the artifact against the model: for graphs that cannot run on this machine",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("int4", "int8"),
+        help="round the matrices to 4 bits, or to 8 bits and the activations with them (default: leave them)",
+    )
+    parser.add_argument(
+        "--keep-head", action="store_true", help="leave the unembedding, and a tied embedding, out of --quantize"
+    )
     add_wrapping_arguments(parser)
 
 
 def run(options: argparse.Namespace, screen: Screen) -> bool:
     """Load, wrap, export."""
     check_free(options.folder)
+    if options.keep_head and options.quantize is None:
+        raise InvalidInputError("--keep-head says what not to quantise; it needs --quantize int4 or --quantize int8.")
     config = wrapping_config(options)
     model = load(options.model, screen)
     tokenizer = load_tokenizer(options.model)
@@ -67,6 +77,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             target=options.target,
             upcast=options.upcast,
             parity=not options.no_parity,
+            quantization=options.quantize,
+            quantize_head=not options.keep_head,
         )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
     not_for = export.manifest.read_manifest(folder).not_for

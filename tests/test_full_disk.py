@@ -1,0 +1,54 @@
+"""A disk that fills up in the middle of an export: a clear error, nothing half written, what was there before intact.
+
+The kernel stands in for the disk: in a process of its own no file may grow beyond RLIMIT_FSIZE, wherever it is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The largest file that is allowed -> the first that does not fit: weights of 459 kB, a graph of 60, 30 of vocabulary.
+LIMITS = {200_000: "model.onnx.data", 20_000: "model.onnx", 500_000: "tokenizer.json"}
+
+CHILD = """
+import json, resource, sys
+from artifacts import wrapped
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from cdsurgery import ArtifactError, export
+
+vocabulary = {f"word{number}": number for number in range(40_000)}
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")))
+for limit in json.loads(sys.argv[2]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        export.to_onnx(wrapped("llama"), sys.argv[1], tokenizer=tokenizer)
+    except ArtifactError as error:
+        print(json.dumps(str(error)))
+    else:
+        print(json.dumps("written"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE as Linux has it")
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "cdsurgery.json").write_text("mine")
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "new"), json.dumps([*LIMITS, 1 << 30])]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    *refused, last = map(json.loads, run.stdout.splitlines())
+    assert last == "written"  # which an earlier half of it would have forbidden
+    for said in refused:
+        assert "new could not be written, and nothing of it was kept: " in said
+        assert f"bytes are free in {tmp_path}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+    assert (tmp_path / "old" / "cdsurgery.json").read_text() == "mine"
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
+    for limit, file in LIMITS.items():
+        assert sizes[file] > limit, f"{file} was meant not to fit"
