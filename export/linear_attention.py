@@ -63,7 +63,7 @@ def linear_layer(conv_state: Tensor, recurrent_state: Tensor) -> LinearAttention
         conv_state: `[B, C, kernel - 1]`, what the convolution saw last. transformers keeps one more that nothing reads.
         recurrent_state: `[B, Hv, Dk, Dv]`; a state of another dtype than float32 is made float32.
     """
-    layer = LinearAttentionLayer()
+    layer: Any = LinearAttentionLayer()
     layer.device, layer.dtype = conv_state.device, conv_state.dtype
     layer.conv_states[0], layer.recurrent_states[0] = conv_state, recurrent_state.float()
     layer.conv_kernel_size[0] = conv_state.shape[-1]
@@ -95,6 +95,7 @@ def keep_float32(value: onnx_ir.Value) -> None:
         if node.op_type != "Cast":
             raise ValueError(f"'{value.name}' is read by a {node.op_type} before it is cast to float32.")
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        assert node.graph is not None
         node.graph.remove(node, safe=True)
     value.dtype = onnx_ir.DataType.FLOAT
 
@@ -129,14 +130,14 @@ def _delta_rule(target: Target) -> Callable[..., tuple[Tensor, Tensor | None]]:
             initial_state = values.new_zeros(batch, heads, key.shape[-1], size)
         if target == "portable":
             operator, attributes = f"{DOMAIN}::{NAME}", {}
-            tensors, shape = [query, key, values, g, beta, initial_state], value.shape
+            tensors, shape = [query, key, values, g, beta, initial_state], [batch, length, heads, size]
         else:
             # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.LinearAttention
             operator = "com.microsoft::LinearAttention"
             attributes = {"q_num_heads": key.shape[2], "kv_num_heads": heads, "update_rule": "gated_delta"}
             attributes["scale"] = key.shape[3] ** -0.5
             tensors = [tensor.flatten(2) for tensor in (query, key, values)] + [initial_state, g, beta]
-            shape = (batch, length, heads * size)
+            shape = [batch, length, heads * size]
         output, state = _node(operator, tensors, attributes, shape, initial_state.shape)
         return output.view(value.shape).to(value.dtype), state if output_final_state else None
 
@@ -169,13 +170,14 @@ def _convolution(target: Target) -> Callable[..., Tensor]:
     ) -> Tensor:
         """Weights `[C, kernel]` over a window -> `[B, C, T]`, every channel alone; the layer gets its new state."""
         past, tokens, weight = window.layer.conv_states[0], window.tokens, weight.unsqueeze(1)
+        assert past is not None
         dtype = tokens.dtype
         if target == "portable":
             seen = torch.cat([past, tokens], dim=-1)
             state = seen[..., 1 - weight.shape[-1] :]
             output = F.conv1d(seen, weight, bias, groups=weight.shape[0])
         else:
-            tensors = [tokens, weight, bias, past]
+            tensors: list[Tensor | None] = [tokens, weight, bias, past]
             if target == "cpu":  # whose kernel is float32 only
                 tensors = [tensor if tensor is None else tensor.float() for tensor in tensors]
             # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.CausalConvWithState
