@@ -104,6 +104,11 @@ class DecoderGraph(nn.Module):
         model, wanted = self.model, targets.clamp(min=0)[..., None]
         measured, scores = [], []
         for state in states:
+            if scores:
+                # Never true, but known only when the candidate before is done with: a runtime is free to compute the
+                # logits of all candidates first, and would.
+                never = (scores[-1] > torch.inf) | (measured[-1][..., None] > torch.inf)
+                state = state.masked_fill(never, 0.0)
             logits = tail_logits(model, model.anatomy, state)
             measured.append(MEASURES[model.confident.measure](logits))
             scores.append(logits.gather(-1, wanted).float() - logits.float().logsumexp(dim=-1, keepdim=True))

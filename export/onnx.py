@@ -22,7 +22,7 @@ import onnx_ir
 from torch.export import Dim
 from transformers import PreTrainedTokenizerBase
 from transformers.exporters.configs import OnnxConfig
-from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.exporters.exporter_onnx import OnnxExporter, use_experts_implementation
 from transformers.utils import logging as transformers_logging
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
@@ -124,7 +124,9 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
     tracing = traceable_linear_attention(model, options.target)
-    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, _quiet():
+    # The one form of experts that fuses into ONNX Runtime's MoE operator, which only its CUDA provider has.
+    experts = use_experts_implementation(model, "batched_mm" if options.target == "cuda" else None)
+    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, _quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)
     return program

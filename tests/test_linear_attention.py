@@ -140,6 +140,8 @@ def plain(family: str, batch: int, length: int, double: bool) -> tuple[Tensor, l
     wide, cast = (torch.float64, Tensor.double) if double else (torch.float32, Tensor.float)
     with mock.patch.object(torch, "float32", wide), mock.patch.object(Tensor, "float", cast):
         model = copy.deepcopy(hybrid(family)).to(wide)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # the default has no float64
         cache = DynamicCache(config=model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
