@@ -13,8 +13,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
 
+# A file is one worker's, since what takes long, exporting a model, is done once a file.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 clients: $(VENV)/ready .venv-optimum/ready
 	$(BIN)/python -m pytest tests/test_optimum.py
