@@ -67,7 +67,7 @@ class DecoderGraph(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-            rows = self._kept_rows(attention_mask, input_ids)
+            rows = kept_rows(attention_mask, input_ids, self.positions)
             candidates = tail_logits(model, model.anatomy, torch.stack([state[rows] for state in states]))
         config = model.confident
         allowed = None
@@ -77,14 +77,21 @@ class DecoderGraph(nn.Module):
         values = [logits, candidates[0], len(model.anatomy.layers) - depth, entropy, *cache_tensors(cache)]
         return {spec.name: value for spec, value in zip(self.signature.outputs, values, strict=True)}
 
-    def _kept_rows(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices `[B, 1]` and `[B, T]` of the rows to project: the last one under the mask, or all."""
-        batch, length = input_ids.shape
-        every = torch.arange(length, device=input_ids.device)
-        real = attention_mask[:, -length:] * (every + 1)
-        last = (real.amax(dim=-1, keepdim=True) - 1).clamp(min=0)
-        columns = last if self.positions == "last" else every[None].expand(batch, length)
-        return torch.arange(batch, device=input_ids.device)[:, None], columns
+
+def kept_rows(attention_mask: Tensor, input_ids: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """Indices `[B, 1]` and `[B, T]` of the rows to project: the last one under the mask, or all.
+
+    Args:
+        attention_mask: `[B, P+S]` integers, 0 for padding on either side.
+        input_ids: `[B, S]`, for its shape.
+        positions: "last" (T is 1) or "all" (T is S).
+    """
+    batch, length = input_ids.shape
+    every = torch.arange(length, device=input_ids.device)
+    real = attention_mask[:, -length:] * (every + 1)
+    last = (real.amax(dim=-1, keepdim=True) - 1).clamp(min=0)
+    columns = last if positions == "last" else every[None].expand(batch, length)
+    return torch.arange(batch, device=input_ids.device)[:, None], columns
 
 
 def sample_inputs(model: Any, signature: Signature) -> dict[str, Any]:

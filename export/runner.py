@@ -115,10 +115,10 @@ class OnnxRunner(GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
         self._check_shapes(input_ids, attention_mask, position_ids, cached)
-        specs = self.manifest.signature.past
+        specs, tokens = self.manifest.signature.past, self.manifest.signature.tokens
         past = past or empty_past(self.manifest.signature, self.dtype, batch)
         feed = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        arrays = {name: tensor.long().contiguous().numpy() for name, tensor in feed.items()}
+        arrays = {spec.name: feed[spec.name].contiguous().numpy().astype(spec.dtype) for spec in tokens}
         arrays |= {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(specs, past, strict=True)}
         outputs: list[np.ndarray[Any, Any]] = self.session.run(None, arrays)
         tensors = [torch.from_numpy(array) for array in outputs]

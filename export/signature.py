@@ -18,6 +18,7 @@ from cdsurgery.probe import at_rest, probe_inputs
 
 Positions = Literal["last", "all"]
 
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}
 
@@ -42,9 +43,14 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
 
     @property
+    def tokens(self) -> tuple[TensorSpec, ...]:
+        """The inputs that are not the cache; a grafted graph may count its positions itself and have none."""
+        return tuple(spec for spec in self.inputs if spec.name in TOKEN_INPUTS)
+
+    @property
     def past(self) -> tuple[TensorSpec, ...]:
         """The inputs that hold the cache: layer by layer, key before value."""
-        return tuple(spec for spec in self.inputs if spec.name.startswith("past_key_values."))
+        return tuple(spec for spec in self.inputs if spec.name not in TOKEN_INPUTS)
 
 
 def decoder_signature(model: Any, positions: Positions) -> Signature:
