@@ -8,7 +8,8 @@
     print(export.verify("artifact/", model))      # parity with PyTorch, row by row
 
 Where to look: `signature` (the names and shapes that everything else follows), `graph` (what is traced), `onnx` (how it
-becomes a file), `graft` (how a foreign file becomes one), `manifest` (what is written about it), `runner` (how it runs), `verify` (whether it is the same).
+becomes a file), `graft` (how a foreign file becomes an artifact), `manifest` (what is written about it), `runner` (how
+it runs), `verify` (whether it is the same).
 """
 
 from importlib.util import find_spec

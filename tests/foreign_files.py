@@ -44,7 +44,16 @@ _GPT2 = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 2, "n_positions": 64, "n
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _USUAL),
     "qwen3": ("qwen3", _USUAL | {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", _USUAL | {"final_logit_softcapping": 8.0, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "gemma2": (
+        "gemma2",
+        _USUAL
+        | {
+            "final_logit_softcapping": 8.0,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": None,
+        },
+    ),
     "gpt2": ("gpt2", _GPT2 | {"bos_token_id": 1, "eos_token_id": 2}),
 }
 # name of the folder -> the model, and the options of the tool
@@ -93,8 +102,8 @@ def save_model(name: str, folder: Path) -> None:
     )
 
 
-def _optimum(folder: Path) -> None:
-    for name in OPTIMUM:
+def _optimum(folder: Path, names: list[str]) -> None:
+    for name in names or OPTIMUM:
         save_model(name, folder / name)
         out = folder / f"{name}-onnx"
         options = ["--task", "text-generation-with-past", "--library", "transformers"]
@@ -102,8 +111,9 @@ def _optimum(folder: Path) -> None:
         _keep(out, FOLDER / f"optimum-{name}")
 
 
-def _genai(folder: Path) -> None:
-    for name, (model, precision, options) in GENAI.items():
+def _genai(folder: Path, names: list[str]) -> None:
+    for name in names or GENAI:
+        model, precision, options = GENAI[name]
         save_model(model, folder / name)
         out, cache = folder / f"{name}-onnx", folder / "cache"
         places = ["-i", folder / name, "-o", out, "-c", cache]
@@ -121,10 +131,11 @@ def _keep(made: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     for path in made.iterdir():
-        if path.name.startswith("model.onnx") or path.name.endswith("config.json") and "tokenizer" not in path.name:
+        if path.name.startswith("model.onnx") or (path.name.endswith("config.json") and "tokenizer" not in path.name):
             shutil.copy(path, place / path.name)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        {"optimum": _optimum, "genai": _genai}[sys.argv[1]](Path(work))
+        tool, *names = sys.argv[1:]
+        {"optimum": _optimum, "genai": _genai}[tool](Path(work), names)

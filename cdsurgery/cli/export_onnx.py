@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     with screen.stage("Exporting to ONNX"):
         folder = import_export().to_onnx(wrapped, options.folder, tokenizer=tokenizer, positions=options.positions)
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-    screen.result({"artifact": str(folder), "positions": options.positions, "files": sizes}, _table(sizes))
+    screen.result({"artifact": str(folder), "positions": options.positions, "files": sizes}, file_table(sizes))
     screen.err.print(f"Check it: cdsurgery verify {options.folder} --against {options.model}", style="dim")
     return True
 
@@ -56,7 +56,8 @@ def check_free(folder: str) -> None:
         raise InvalidInputError(f"{folder} exists already. Give a folder that does not exist; nothing is overwritten.")
 
 
-def _table(sizes: dict[str, int]) -> Table:
+def file_table(sizes: dict[str, int]) -> Table:
+    """The files of an artifact with their sizes in bytes."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

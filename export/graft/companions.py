@@ -64,7 +64,8 @@ def read_config(model: Path) -> PreTrainedConfig:
             return _from_genai(_read_json(folder / GENAI)["model"])
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInputError(
-                f"{folder / GENAI} cannot be used ({type(error).__name__}: {error}). Put the model's {CONFIG} beside it."
+                f"{folder / GENAI} cannot be used ({type(error).__name__}: {error}). Put the model's own {CONFIG} "
+                "beside it."
             ) from error
     raise InvalidInputError(
         f"Beside {model} there is neither {CONFIG} nor {GENAI}. One is needed: it says how many layers the graph must "

@@ -7,7 +7,7 @@ output, and with the numbers in their names they pair up layer by layer, key bef
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir
@@ -79,12 +79,14 @@ def read_contract(graph: onnx_ir.Graph) -> Contract:
     if "selected_layer" in outputs:
         raise refuse("it has an output 'selected_layer', so it selects layers already. Graft the original file.")
     if LOGITS not in outputs:
-        raise refuse(f"it has no output named 'logits', so it is not a decoder with its head. It has: {_list(outputs)}.")
+        raise refuse(
+            f"it has no output named 'logits', so it is not a decoder with its head. It has: {_list(outputs)}."
+        )
     for name in ("input_ids", "attention_mask"):
         if name not in inputs:
             raise refuse(
-                f"it has no input named '{name}'. It has: {_list(inputs)}. Without a mask padded batches would be wrong "
-                "silently: export the decoder with both."
+                f"it has no input named '{name}'. It has: {_list(inputs)}. Without a mask padded batches would be "
+                "wrong silently: export the decoder with both."
             )
     tokens = {name: inputs.get(name) for name in _AXES}
     for name, value in tokens.items():
@@ -125,5 +127,5 @@ def _cache_axes(value: onnx_ir.Value, facts: Facts, length: str) -> tuple[str | 
     return (BATCH, axes[0], length, axes[1])
 
 
-def _list(names: Sequence[str] | dict[str, object] | object) -> str:
-    return ", ".join(str(name) for name in names) or "none"  # type: ignore[attr-defined]
+def _list(names: Iterable[str | None]) -> str:
+    return ", ".join(str(name) for name in names) or "none"

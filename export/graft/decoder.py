@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
@@ -100,7 +101,7 @@ class ForeignDecoder:
         RemoveUnusedNodesPass()(self.model)
         ClearMetadataAndDocStringPass()(self.model)
         assert tokens["input_ids"] is not None and tokens["input_ids"].shape is not None
-        own_axes = dict(zip((BATCH, SEQUENCE), tokens["input_ids"].shape, strict=True))
+        own_axes: dict[str | int, Any] = dict(zip((BATCH, SEQUENCE), tokens["input_ids"].shape, strict=True))
         for value, spec in zip(found, manifest.signature.outputs, strict=False):
             value.name, value.dtype = spec.name, onnx_ir.DataType[_ONNX[spec.dtype]]
             value.shape = onnx_ir.Shape([own_axes.get(axis, axis) for axis in spec.axes])

@@ -8,6 +8,7 @@ graph's own tail is copied there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx_ir
 import torch
@@ -129,15 +130,17 @@ def trace_head(
         "attention_mask": mask,
         "position_ids": ids if inputs["position_ids"] is not None else None,
     }
-    typed = {
-        name: tensor.to(torch.int32) if tensor is not None and inputs[name].dtype == onnx_ir.DataType.INT32 else tensor
-        for name, tensor in samples.items()
-    }
     dynamic = {0: Dim.AUTO, 1: Dim.AUTO}
-    shapes = {name: None if tensor is None else dynamic for name, tensor in typed.items()}
+    shapes: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
+    for name, tensor in samples.items():
+        value = inputs[name]
+        is_int32 = value is not None and value.dtype == onnx_ir.DataType.INT32
+        typed[name] = tensor.to(torch.int32) if tensor is not None and is_int32 else tensor
+        shapes[name] = None if value is None else dynamic
     many = {  # each a tensor of its own: the tracer takes equal objects for one input
         name: [torch.zeros(batch, length, width) for _ in range(count)]
-        for name, count in (("entries", entries), ("states", head.config.lookback))
+        for name, count in (("entries", entries), ("states", int(head.config.lookback)))
     }
     low, high = _TRACED_OPSETS
     with _quiet():
@@ -173,9 +176,9 @@ def join_head(
         value = inputs[str(placeholder.name)]
         assert value is not None
         placeholder.replace_all_uses_with(value)
-    for value in list(traced.initializers.values()):
-        traced.initializers.pop(value.name)
-        value.name = f"{PREFIX}{value.name}"
+    for name, value in list(traced.initializers.items()):
+        del traced.initializers[name]
+        value.name = f"{PREFIX}{name}"
         value.metadata_props.clear()
         graph.register_initializer(value)
     nodes = list(traced)

@@ -49,7 +49,9 @@ def open_session(model: Path | onnx_ir.Model, folder: Path | None = None) -> onn
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-        raise ArtifactError(f"ONNX Runtime cannot open {model if isinstance(model, Path) else folder}: {error}") from error
+        raise ArtifactError(
+            f"ONNX Runtime cannot open {model if isinstance(model, Path) else folder}: {error}"
+        ) from error
 
 
 class Runs:
@@ -93,7 +95,9 @@ class Runs:
         return results
 
 
-def prove(manifest: Manifest, old: list[Arrays], new: list[Arrays], shortened: dict[int, list[Arrays]]) -> dict[str, Any]:
+def prove(
+    manifest: Manifest, old: list[Arrays], new: list[Arrays], shortened: dict[int, list[Arrays]]
+) -> dict[str, Any]:
     """Compare what the graphs returned.
 
     Args:

@@ -113,8 +113,11 @@ def _own_constant(value: onnx_ir.Value, place: onnx_ir.Node, prefix: str) -> onn
 
 def _is_dequantized(value: onnx_ir.Value | None) -> bool:
     node = None if value is None else value.producer()
-    return node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None and (
-        node.inputs[0].is_initializer()
+    return (
+        node is not None
+        and node.op_type == "DequantizeLinear"
+        and node.inputs[0] is not None
+        and (node.inputs[0].is_initializer())
     )
 
 
@@ -141,6 +144,7 @@ def find_tail(logits: onnx_ir.Value, flow: Flow) -> Tail:
         UnsupportedModelError: something on the way does not treat every row for itself, or a part is missing.
     """
     nodes: list[onnx_ir.Node] = []
+    entries: tuple[onnx_ir.Value, ...]
     open_ = {logits}
     while True:
         value = max(open_, key=flow.order)
@@ -155,7 +159,7 @@ def find_tail(logits: onnx_ir.Value, flow: Flow) -> Tail:
         nodes.append(node)
         open_ = (open_ - {value}) | set(flow.varying_inputs(node)[: 1 if node.op_type in ROW_MOVES else None])
         if node.op_type in SKIP_NORMS and len(open_) == 2:
-            entries = tuple(node.inputs[:2])
+            entries = tuple(flow.varying_inputs(node))
             break
     if not any(n.op_type in PROJECTIONS for n in nodes):
         raise refuse(f"no unembedding ({', '.join(PROJECTIONS)} with constant weights) was found before 'logits'.")
@@ -216,9 +220,9 @@ def _check_rowwise(node: onnx_ir.Node, value: onnx_ir.Value, flow: Flow) -> None
         why = "it is not known to treat every row for itself"
     if why is not None:
         raise refuse(
-            f"'logits' come from {operator(node)} ('{node.name or value.name}'), and {why}. Between the residual stream "
-            "and the logits there may be a norm over the last axis, a product with constant weights, a choice of rows, "
-            f"and {', '.join(ELEMENTWISE)} with constants."
+            f"'logits' come from {operator(node)} ('{node.name or value.name}'), and {why}. Between the residual "
+            "stream and the logits there may be a norm over the last axis, a product with constant weights, a choice "
+            f"of rows, and {', '.join(ELEMENTWISE)} with constants."
         )
 
 
