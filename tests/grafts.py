@@ -61,7 +61,7 @@ def wrapped(name: str, **options: Any) -> ConfidentHead:
 class Client:
     """Runs a decoder, grafted or not, by the names of its inputs and outputs.
 
-    A graph with GroupQueryAttention gets a cache with room for 32 tokens, as onnxruntime-genai gives it.
+    A graph with GroupQueryAttention gets a cache with room for 64 tokens, as onnxruntime-genai gives it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class Client:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
-        self.capacity = 32 if "genai" in str(path) else 0
+        self.capacity = 64 if "genai" in str(path) else 0
 
     def __call__(self, ids: Tensor, mask: Tensor, past: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Run new tokens `[B, S]` under a mask `[B, P+S]`; `past` is what an earlier call returned."""

@@ -21,8 +21,9 @@ from cdsurgery.export.manifest import read_manifest
 LAYERS = 4
 # (batch, prompt, continuation); several rows continue by one token, as GroupQueryAttention knows no other way.
 SHAPES = [(1, 1, 1), (1, 9, 1), (2, 3, 1), (3, 7, 1), (4, 12, 1), (1, 4, 5), (1, 17, 3), (5, 1, 1)]
-# float32 in another order of summation, in parts of the row's largest logit, as for exported graphs.
-RELATIVE = 1e-5
+# float32 in another order of summation, in parts of the row's largest logit. Optimum's graph of gemma2 is 1.3e-5 from
+# PyTorch by itself: optimum warns of 3e-5 when it writes it.
+RELATIVE = 2e-5
 every_file = pytest.mark.parametrize("name", MODELS)
 
 
@@ -144,11 +145,8 @@ def test_padded_rows_are_those_of_pytorch(name: str) -> None:
 @pytest.mark.parametrize("name", ["optimum-llama", "optimum-gemma2", "genai-llama", "genai-qwen3-pruned"])
 def test_the_runner_generates_the_tokens_of_pytorch(name: str) -> None:
     """Among them graphs that count their positions themselves and keep keys and values in another order."""
-    runner, ids = (
-        export.load(grafted(name, "all" if name in ("genai-llama", "optimum-gemma2") else "last")),
-        tokens(1, 5),
-    )
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    runner, ids = export.load(grafted(name)), tokens(1, 5)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": ones(1, 5)}
     truth = wrapped(name).generate(ids, **options)  # type: ignore[attr-defined]
     assert torch.equal(runner.generate(ids, **options), truth)
 

@@ -158,6 +158,8 @@ def find_tail(logits: onnx_ir.Value, flow: Flow) -> Tail:
         _check_rowwise(node, value, flow)
         nodes.append(node)
         open_ = (open_ - {value}) | set(flow.varying_inputs(node)[: 1 if node.op_type in ROW_MOVES else None])
+        if len(open_) > 1 and (strangers := [v for v in open_ if v.producer() is None]):
+            raise refuse(f"'logits' depend on the input '{strangers[0].name}' beside the residual stream.")
         if node.op_type in SKIP_NORMS and len(open_) == 2:
             entries = tuple(flow.varying_inputs(node))
             break
