@@ -54,10 +54,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_logit_softcapping": None,
         },
     ),
+    "phi": ("phi", _USUAL | {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
+    "cohere": (
+        "cohere",
+        _USUAL | {"num_key_value_heads": 2, "rope_theta": 10000.0, "logit_scale": 0.7, "tie_word_embeddings": True},
+    ),
     "gpt2": ("gpt2", _GPT2 | {"bos_token_id": 1, "eos_token_id": 2}),
 }
 # name of the folder -> the model, and the options of the tool
-OPTIMUM = ("llama", "qwen3", "gpt2", "gemma2")
+OPTIMUM = ("llama", "qwen3", "gpt2", "gemma2", "phi", "cohere")
 GENAI: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "llama": ("llama", "fp32", ()),
     "qwen3-pruned": ("qwen3", "fp32", ("prune_lm_head=1",)),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
 import onnxruntime
 import torch
@@ -24,6 +25,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 import cdsurgery
 from cdsurgery import ConfidentHead, export
+from cdsurgery.export.graft import decoder
 
 LOOKBACK = 2  # less than the depth allows, so that a candidate too deep shows
 # name -> which row of foreign_files.CONFIGS it is
@@ -37,6 +39,22 @@ OWN = [name for name in MODELS if "int4" in name or name == "genai-gemma2"]
 TWINS = [name for name in MODELS if name not in OWN]
 _MADE = tempfile.TemporaryDirectory(prefix="grafts-")
 atexit.register(_MADE.cleanup)
+
+
+# Tracing the head takes seconds and depends on these arguments alone: each kind is traced once a test run.
+trace_head = decoder.trace_head
+
+
+def _trace_once(head: Any, inputs: Any, *sizes: int) -> onnx_ir.Model:
+    key = tuple((name, value) for name, value in vars(head).items() if name[0] != "_" and name != "training")
+    types = tuple((name, None if value is None else value.dtype) for name, value in inputs.items())
+    if (key, types, sizes) not in _TRACED:
+        _TRACED[key, types, sizes] = onnx_ir.to_proto(trace_head(head, inputs, *sizes)).SerializeToString()
+    return onnx_ir.from_proto(onnx.load_from_string(_TRACED[key, types, sizes]))
+
+
+_TRACED: dict[Any, bytes] = {}
+decoder.trace_head = _trace_once  # type: ignore[assignment]
 
 
 @functools.cache

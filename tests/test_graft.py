@@ -11,11 +11,12 @@ import onnx
 import pytest
 import torch
 from families import algorithm_1
-from grafts import LOOKBACK, MODELS, OWN, TWINS, Client, foreign, grafted, present, tokens, wrapped
+from grafts import LOOKBACK, MODELS, OWN, TWINS, Client, foreign, grafted, present, tokens, trace_head, wrapped
 from onnx import TensorProto, helper
 from torch import Tensor
 
 from cdsurgery import export
+from cdsurgery.export.graft import decoder
 from cdsurgery.export.manifest import read_manifest
 
 LAYERS = 4
@@ -216,7 +217,63 @@ def test_configurations_come_along() -> None:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_file_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "trace_head", trace_head)  # not the one that other tests share
     again = export.graft(foreign("optimum-llama"), tmp_path / "again", lookback=LOOKBACK, positions="all")
     for name in ("model.onnx", "model.onnx.data"):
         assert (again / name).read_bytes() == (grafted("optimum-llama") / name).read_bytes()
+
+
+def edited(name: str, folder: Path, change: Any) -> Path:
+    """A foreign file with its graph changed by hand; its weights are in it."""
+    folder.mkdir()
+    for path in foreign(name).parent.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    model = onnx.load(foreign(name))
+    change(model.graph)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_a_factor_of_each_layer_belongs_to_its_state(tmp_path: Path) -> None:
+    """Gemma 4 multiplies what a layer returns by a number of that layer; the last one's is not the tail's."""
+
+    def scale(graph: Any) -> None:
+        for layer in range(LAYERS):
+            name = f"/model/layers.{layer}/Add_1_output_0"
+            for node in graph.node:
+                node.input[:] = ["scaled" + name if i == name else i for i in node.input]
+            index = next(i for i, node in enumerate(graph.node) if name in node.output)
+            graph.initializer.append(helper.make_tensor(f"factor{layer}", TensorProto.FLOAT, (), [0.4 + 0.5 * layer]))
+            graph.node.insert(index + 1, helper.make_node("Mul", [name, f"factor{layer}"], ["scaled" + name]))
+
+    def shorten(graph: Any) -> None:
+        scale(graph)
+        (cast,) = [node for node in graph.node if "/model/norm/Cast_output_0" in node.output]
+        cast.input[0] = "scaled/model/layers.2/Add_1_output_0"
+
+    path = edited("optimum-llama", tmp_path / "scaled", scale)
+    place = export.graft(path, tmp_path / "artifact", lookback=LOOKBACK, positions="all")
+    ids, mask = tokens(2, 12), ones(2, 12)
+    found = Client(place / "model.onnx")(ids, mask)
+    assert np.array_equal(found["final_logits"], Client(path)(ids, mask)["logits"])
+    log_p = Client(edited("optimum-llama", tmp_path / "shortened", shorten))(ids, mask)["logits"]
+    truth = torch.from_numpy(log_p).double().log_softmax(-1)
+    assert (torch.from_numpy(found["entropy"][..., 1]) + (truth.exp() * truth).sum(-1)).abs().max() < 1e-5
+
+
+def test_a_bias_that_the_final_norm_adds_is_the_last_layers_only(tmp_path: Path) -> None:
+    """ONNX Runtime's optimiser moves a projection's bias into the norm that follows it."""
+
+    def add_bias(graph: Any) -> None:
+        (norm,) = [node for node in graph.node if "final_norm" in node.name]
+        norm.input.append("bias")
+        graph.initializer.append(helper.make_tensor("bias", TensorProto.FLOAT, (32,), np.linspace(-3, 3, 32)))
+
+    path = edited("genai-llama", tmp_path / "genai-bias", add_bias)
+    place = export.graft(path, tmp_path / "genai-artifact", lookback=LOOKBACK, positions="all")
+    ids, mask = tokens(2, 12), ones(2, 12)
+    found, plain = Client(place / "model.onnx")(ids, mask), Client(grafted("genai-llama") / "model.onnx")(ids, mask)
+    assert np.array_equal(found["final_logits"], Client(path)(ids, mask)["logits"])
+    assert np.array_equal(found["entropy"][..., 1:], plain["entropy"][..., 1:])
+    assert not np.allclose(found["entropy"][..., 0], plain["entropy"][..., 0], atol=0.1)

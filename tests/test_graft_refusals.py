@@ -167,6 +167,13 @@ def test_a_path_that_is_no_model_is_refused(theirs: Path) -> None:
     refused(theirs, InvalidInputError, "cannot be read as an ONNX model")
 
 
+def test_an_old_opset_is_refused_with_the_way_out(theirs: Path) -> None:
+    model = onnx.load(theirs)
+    model.opset_import[0].version = 14
+    onnx.save(model, theirs)
+    refused(theirs, UnsupportedModelError, r"opset 14; the head needs opset 18 .*convert_version\(model, 18\)")
+
+
 def test_options_out_of_range_are_refused(theirs: Path) -> None:
     refused(theirs, InvalidInputError, r"Use an integer in \[1, 3\]", lookback=4)
     refused(theirs, InvalidInputError, "lookback is 0", lookback=0)

@@ -13,7 +13,7 @@ from cdsurgery.config import ConfidentConfig
 from cdsurgery.export.graft.companions import Facts, read_config, read_facts
 from cdsurgery.export.graft.contract import Contract, read_contract
 from cdsurgery.export.graft.flow import Flow, refuse
-from cdsurgery.export.graft.head import PREFIX, GraftedHead, join_head, trace_head
+from cdsurgery.export.graft.head import OLDEST_OPSET, PREFIX, GraftedHead, join_head, trace_head
 from cdsurgery.export.graft.residual import find_states
 from cdsurgery.export.graft.source import open_model
 from cdsurgery.export.graft.tail import Tail, find_tail
@@ -35,6 +35,12 @@ class ForeignDecoder:
 
     def __init__(self, path: Path) -> None:
         self.model = open_model(path)
+        if self.model.opset_imports.get("", 0) < OLDEST_OPSET:
+            raise refuse(
+                f"it is of opset {self.model.opset_imports.get('', 0)}; the head needs opset {OLDEST_OPSET} or newer. "
+                f"Export it again with that, or convert it with onnx.version_converter.convert_version(model, "
+                f"{OLDEST_OPSET})."
+            )
         self.contract: Contract = read_contract(self.model.graph)
         self.config = read_config(path)
         self.facts: Facts = read_facts(self.config)

@@ -28,8 +28,8 @@ from cdsurgery.trough import select
 OUTPUTS = ("logits", "final_logits", "selected_layer", "entropy")
 PREFIX = "cdsurgery/"
 _DOMAIN = "cdsurgery.graft"
-# The lowest and the highest that torch.onnx writes by itself; what it would convert to another, it converts badly.
-_TRACED_OPSETS = (18, 23)
+# The oldest and the newest that torch.onnx writes by itself. In a newer graph, operators of the latter mean the same.
+OLDEST_OPSET, _NEWEST_OPSET = 18, 23
 
 
 class GraftedHead(nn.Module):
@@ -142,13 +142,12 @@ def trace_head(
         name: [torch.zeros(batch, length, width) for _ in range(count)]
         for name, count in (("entries", entries), ("states", int(head.config.lookback)))
     }
-    low, high = _TRACED_OPSETS
     with _quiet():
         program = torch.onnx.export(
             head,
             kwargs=typed | many,
             dynamic_shapes=shapes | {name: [dynamic] * len(tensors) for name, tensors in many.items()},
-            opset_version=min(max(opset, low), high),
+            opset_version=min(opset, _NEWEST_OPSET),
             dynamo=True,
             verbose=False,
         )

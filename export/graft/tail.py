@@ -73,10 +73,7 @@ class Tail:
             if node.op_type in ROW_MOVES:
                 values[node.outputs[0]] = values[flow.varying_inputs(node)[0]]
                 continue
-            inputs = [
-                values[value] if value in values else value and _own_constant(value, place, prefix)
-                for value in node.inputs
-            ]
+            inputs = [value if value is None else values.get(value, value) for value in node.inputs]
             if summed and node is self.skip_norm:
                 inputs = inputs[: BIAS[node.op_type]]
             values[node.outputs[0]] = _copy_before(place, node, inputs, prefix)
@@ -98,17 +95,6 @@ class Tail:
             for index, value in enumerate(node.inputs):
                 if value in replaced:
                     node.replace_input_with(index, replaced[value])
-
-
-def _own_constant(value: onnx_ir.Value, place: onnx_ir.Node, prefix: str) -> onnx_ir.Value:
-    """A constant as it is; behind a DequantizeLinear of its own, where it came from one.
-
-    ONNX Runtime fuses a DequantizeLinear into the product that alone reads it. The quantised weight itself is shared.
-    """
-    node = value.producer()
-    if node is None or not _is_dequantized(value):
-        return value
-    return _copy_before(place, node, list(node.inputs), prefix)
 
 
 def _is_dequantized(value: onnx_ir.Value | None) -> bool:
