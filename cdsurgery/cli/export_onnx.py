@@ -82,9 +82,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
         )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
     not_for = export.manifest.read_manifest(folder).not_for
-    screen.result(
-        {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}, _table(sizes)
-    )
+    document = {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}
+    screen.result(document, file_table(sizes))
     for client, reason in not_for.items():
         screen.err.print(f"Not for {client}: {reason}", markup=False)
     screen.err.print(f"Check it: cdsurgery verify {options.folder} --against {options.model}", style="dim")
@@ -97,7 +96,8 @@ def check_free(folder: str) -> None:
         raise InvalidInputError(f"{folder} exists already. Give a folder that does not exist; nothing is overwritten.")
 
 
-def _table(sizes: dict[str, int]) -> Table:
+def file_table(sizes: dict[str, int]) -> Table:
+    """The files of an artifact with their sizes in bytes."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
