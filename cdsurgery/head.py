@@ -23,6 +23,7 @@ from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
 from cdsurgery.output import ConfidentOutput, confident_output
+from cdsurgery.probe import taken
 from cdsurgery.taps import Taps
 from cdsurgery.trough import select
 
@@ -42,6 +43,7 @@ class ConfidentHead(nn.Module):
     _taps: Taps
     _placed_forward: Callable[..., Any] | None
     _argument_names: tuple[str, ...]
+    _as_dict: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> ConfidentOutput | tuple[Any, ...]:
         """The model's own forward, with the same arguments.
@@ -79,7 +81,7 @@ class ConfidentHead(nn.Module):
         )
 
     def _plain_forward(self, **inputs: Any) -> Any:
-        return (self._placed_forward or super().forward)(**inputs, return_dict=True)
+        return (self._placed_forward or super().forward)(**inputs, **self._as_dict)
 
     def _plain_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
         plain = self._plain_forward(**inputs)
@@ -123,6 +125,7 @@ def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps) 
     model.confident, model.anatomy = config, anatomy
     model._taps, model._placed_forward = taps, placed_forward
     model._argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+    model._as_dict = taken(plain.forward, {"return_dict": True})
 
 
 def restore_(model: Any) -> None:
@@ -140,7 +143,7 @@ def restore_(model: Any) -> None:
     model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
     model._taps.remove()
     placed_forward = model._placed_forward
-    for name in ("confident", "anatomy", "_taps", "_placed_forward", "_argument_names"):
+    for name in ("confident", "anatomy", "_taps", "_placed_forward", "_argument_names", "_as_dict"):
         delattr(model, name)
     model.__class__ = plain_class(type(model))
     if placed_forward is not None:

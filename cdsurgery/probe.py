@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,22 +53,32 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """`[2, 6]` token ids spread over the vocabulary, special ones left out, and a mask of ones."""
-    embedding = next(iter(model.get_input_embeddings().parameters()))
+    size, device = vocabulary(model)
     options = vars(model.config) | vars(model.config.get_text_config())
     special = {value for name, value in options.items() if "token_i" in name and isinstance(value, int)}
     wanted = 2 * LENGTH - SHARED
-    spread = torch.linspace(0, embedding.shape[0] - 1, wanted + len(special)).long().tolist()
+    spread = torch.linspace(0, size - 1, wanted + len(special)).long().tolist()
     ordinary = [token for token in spread if token not in special] or [0]
     tokens = [ordinary[i % len(ordinary)] for i in range(wanted)]
     rows = [tokens[:LENGTH], tokens[:SHARED] + tokens[LENGTH:]]
+    ids = torch.tensor(rows, device=device)
+    return taken(model.forward, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def vocabulary(model: PreTrainedModel) -> tuple[int, torch.device]:
+    """How many tokens the model can be given, and where it takes them."""
+    try:
+        embedding = next(model.get_input_embeddings().parameters())
+        size = embedding.shape[0]
+    except (NotImplementedError, AttributeError):  # a class of one's own need not say where its embedding is
+        embedding, size = next(model.parameters()), model.config.get_text_config().vocab_size
     # Offloaded weights are on the meta device between calls; accelerate then brings the ids to where they run.
-    ids = torch.tensor(rows, device="cpu" if embedding.is_meta else embedding.device)
-    return taken(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return size, torch.device("cpu") if embedding.is_meta else embedding.device
 
 
-def taken(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the inputs that the model's forward has a parameter for."""
-    parameters = inspect.signature(model.forward).parameters
+def taken(forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the inputs that a forward has a parameter for."""
+    parameters = inspect.signature(forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}
@@ -123,7 +133,7 @@ def plain_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """
     name = type(model).__name__
     try:
-        output = model(**inputs, **taken(model, {"use_cache": False, "return_dict": True}))
+        output = model(**inputs, **taken(model.forward, {"use_cache": False, "return_dict": True}))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{name} does not run on token ids alone ({type(error).__name__}: {error}). Confident decoding needs a "

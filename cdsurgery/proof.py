@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from cdsurgery.anatomy import Anatomy, candidate_logits, tail_logits
 from cdsurgery.errors import InvalidInputError, UnsupportedModelError
-from cdsurgery.probe import SHARED, Call, at_rest, probe_inputs, record, replaced_logits
-from cdsurgery.search import find_anatomy, same
+from cdsurgery.probe import SHARED, Call, at_rest, probe_inputs, record, replaced_logits, vocabulary
+from cdsurgery.search import chain_flaw, find_anatomy
+from cdsurgery.states import same
+from cdsurgery.transforms import declared_transforms
 
 
 def proven_anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anatomy:
@@ -39,9 +41,13 @@ def proven_anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anat
         _require_whole(model, calls)
         _require_causal(model, logits)
         replaced = functools.partial(replaced_logits, model, inputs)
+        _require_vocabulary(model, logits)
         anatomy = given or find_anatomy(model, calls, logits, replaced)
         _require_depth(model, anatomy)
-        before, last = (_only_call(model, calls, path) for path in anatomy.layers[-2:])
+        layers = [call for call in calls if call.path in anatomy.layers]
+        if given is not None:
+            _require_chain(model, given, layers)
+        before, last = layers[-2:]
         assert before.returned is not None and last.returned is not None
         _prove(model, anatomy, last.returned, before.returned, logits, replaced(last.path, before.returned))
     return anatomy
@@ -127,14 +133,25 @@ def _require_depth(model: PreTrainedModel, anatomy: Anatomy) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} has one decoder layer: there is none to look back to.")
 
 
-def _only_call(model: PreTrainedModel, calls: list[Call], path: str) -> Call:
-    found = [call for call in calls if call.path == path]
-    if len(found) != 1 or found[0].returned is None:
+def _require_chain(model: PreTrainedModel, given: Anatomy, layers: list[Call]) -> None:
+    flaw = chain_flaw(model, layers, given.layers, declared_transforms(model) + list(given.transforms))
+    if flaw is None and len(layers) < len(given.layers):
+        flaw = f"of {len(given.layers)} {len(layers)} ran"
+    if flaw is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: layer '{path}' ran {len(found)} times in one forward; it must run once and "
-            "return a state."
+            f"{type(model).__name__}: the layers of the anatomy given are not one residual stream: {flaw}. Layers run "
+            "once, in order, each on what the one before it returned."
         )
-    return found[0]
+
+
+def _require_vocabulary(model: PreTrainedModel, logits: Tensor) -> None:
+    """Where the model does not say which module its head is, logits have to be as many as tokens."""
+    if model.get_output_embeddings() is None and logits.shape[-1] != vocabulary(model)[0]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language head: get_output_embeddings() is None, and it returns "
+            f"{logits.shape[-1]} numbers a position for a vocabulary of {vocabulary(model)[0]}. Load the model with "
+            "its head, for example with AutoModelForCausalLM."
+        )
 
 
 def _prove(

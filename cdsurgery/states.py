@@ -59,3 +59,10 @@ def kept_rows(state: Tensor, keep: int | Tensor, batch_axis: int = 0) -> Tensor:
     else:
         rows = rows[:, keep]
     return rows.movedim((0, 1), (batch_axis, batch_axis + 1))
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """The same dtype, shape and values."""
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a is b or torch.equal(a, b.to(a.device))

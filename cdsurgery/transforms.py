@@ -7,13 +7,16 @@ Where in a model it stands is not said here; the search finds that, and the proo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from cdsurgery.states import same
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,36 @@ def declared_transforms(model: PreTrainedModel) -> list[Transform]:
     parts = {path.rpartition(".")[2]: path for path, _ in model.named_modules()}
     rows = [replace(row, option=parts.get(row.option, row.option)) for row in TRANSFORMS]
     return [row for row in rows if row.value(model) is not None]
+
+
+# A gap closed so far takes two (xlstm in half precision: a cast, then a softcap).
+MOST_IN_A_GAP = 3
+
+
+def transformed(
+    model: PreTrainedModel, declared: Sequence[Transform], state: Tensor | None, most: int = MOST_IN_A_GAP
+) -> Iterator[tuple[Tensor, tuple[Transform, ...]]]:
+    """A state, then what each sequence of up to `most` transforms makes of it, shortest first.
+
+    Left out are sequences with a transform that does not fit what it gets, or does nothing to it.
+    """
+    for rows in (rows for size in range(most + 1) for rows in permutations(declared, size)):
+        changed = state
+        for row in rows:
+            before = changed
+            changed = _applied(model, row, before)
+            if same(changed, before):
+                changed = None
+        if changed is not None:
+            yield changed, rows
+
+
+def _applied(model: PreTrainedModel, row: Transform, state: Tensor | None) -> Tensor | None:
+    """The state after one row; None where it does not fit."""
+    try:
+        return None if state is None else row.apply(state, row.value(model))
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
 
 
 def _softcap(z: Tensor, cap: float) -> Tensor:

@@ -8,6 +8,7 @@ softcaps, scales and sliding windows have values that matter at six tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -168,13 +169,20 @@ def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
     return config
 
 
-def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:
+def tiny_model(
+    model_type: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    mapping: Mapping[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING,
+    **options: Any,
+) -> PreTrainedModel:
     """The causal LM that transformers maps the family to, with random weights, in evaluation mode.
 
     Args:
         model_type: as in `tiny_config`; so are `options`.
         dtype: of its parameters and buffers. Weights are drawn in float32 whatever it is.
         seed: of its weights. The global generator is left as it was.
+        mapping: another of transformers' mappings from configs to classes, such as that of models that read images.
 
     Returns:
         For ids `[B, T]` its logits are `[B, T, VOCABULARY]`, unless it is one that needs more than ids.
@@ -183,7 +191,7 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
         ValueError: transformers knows no such model type.
     """
     config = tiny_config(model_type, **options)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = mapping[type(config)]
     parts = [vars(config).get(name) for name in config.sub_configs]  # the text part, where the model has only that
     config = next((part for part in parts if isinstance(part, kind.config_class)), config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -197,7 +205,8 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
         head = model.get_output_embeddings()
         for weight in head.parameters() if head is not None else ():
             weight.mul_(3)
-    return model.to(dtype).eval()
+    # `to` would take the imaginary part off llama4's rotary frequencies.
+    return (model if dtype == torch.float32 else model.to(dtype)).eval()
 
 
 def _shrunk(config: PreTrainedConfig, layers: int, row: dict[str, Any]) -> PreTrainedConfig:
