@@ -18,7 +18,7 @@ from cdsurgery.anatomy import Anatomy
 from cdsurgery.errors import UnsupportedModelError
 from cdsurgery.probe import LENGTH, ROWS, Call
 from cdsurgery.states import same
-from cdsurgery.transforms import Transform, declared_transforms, transformed
+from cdsurgery.transforms import Transform, declared_transforms, sequences, transformed
 
 # Logits of a module made to return other ones: (path, `[B, T, V]`) -> the model's logits.
 Replaced = Callable[[str, Tensor], Tensor]
@@ -80,7 +80,9 @@ def chain_flaw(
     if order != [path for path in places if path in order]:
         return f"its members ran in the order [{', '.join(_shortened(order))}], not each once and in order"
     for before, after in pairwise(layers):
-        if not any(same(state, after.given) for state, _ in transformed(model, declared, before.returned, most=1)):
+        if not any(
+            same(transformed(model, rows, before.returned), after.given) for rows in sequences(declared, most=1)
+        ):
             return f"'{after.path}' does not start from what '{before.path}' returned"
     return None
 
@@ -114,30 +116,29 @@ class _Trail:
             head: the same call, where it is one of the tail's and may end it.
         """
         self.farthest = max(self.farthest, reached, key=lambda call: call.ended)
-        for state, transforms in transformed(self.model, self.declared, reached.returned):
-            for call in self.calls:
+        for rows in sequences(self.declared):
+            state = self.after(rows, reached.returned)
+            for call in self.calls if state is not None else ():
                 if reached.ended < call.began and call.returned is not None and same(call.given, state):
                     rest = self.to_logits(call, head=call)
                     if rest is not None:
-                        return (*transforms, call.path, *rest)
-        if head is None:
-            return None
-        ends = [
-            transforms
-            for z, transforms in transformed(self.model, self.declared, head.returned)
-            if same(z, self.logits)
-        ]
-        if len(ends) > 1:
-            ends = self.told_apart(head, ends)
-        return ends[0] if ends else None
+                        return (*rows, call.path, *rest)
+        return None if head is None else self.ending(head)
 
-    def told_apart(self, head: Call, ends: list[tuple[Transform, ...]]) -> list[tuple[Transform, ...]]:
-        """Those ends that also hold for logits up to 100: far below the cap, a softcap can be lost in rounding."""
+    def ending(self, head: Call) -> tuple[Transform, ...] | None:
+        """The shortest sequence of transforms that makes the logits of what the unembedding returned."""
         assert head.returned is not None
+        fit = [rows for rows in sequences(self.declared) if same(self.after(rows, head.returned), self.logits)]
+        if all(row.option == "dtype" for rows in fit for row in rows):
+            return fit[0] if fit else None
+        # Far below the cap, a softcap can be lost in rounding: what fits has to hold for logits up to 100 too.
         large = head.returned * (100 / head.returned.abs().max())
         truth = self.replaced(head.path, large)
-        hold = [rows for z, rows in transformed(self.model, self.declared, large) if same(z, truth)]
-        return [end for end in ends if end in hold]
+        return next((rows for rows in fit if same(self.after(rows, large), truth)), None)
+
+    def after(self, rows: tuple[Transform, ...], state: Tensor | None) -> Tensor | None:
+        """The state after these transforms, or None where they do not fit it."""
+        return transformed(self.model, rows, state)
 
     def end(self) -> str:
         """Where following the state ended."""

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cdsurgery.states import same
-
 
 @dataclass(frozen=True)
 class Transform:
@@ -56,30 +54,19 @@ def declared_transforms(model: PreTrainedModel) -> list[Transform]:
 MOST_IN_A_GAP = 3
 
 
-def transformed(
-    model: PreTrainedModel, declared: Sequence[Transform], state: Tensor | None, most: int = MOST_IN_A_GAP
-) -> Iterator[tuple[Tensor, tuple[Transform, ...]]]:
-    """A state, then what each sequence of up to `most` transforms makes of it, shortest first.
-
-    Left out are sequences with a transform that does not fit what it gets, or does nothing to it.
-    """
-    for rows in (rows for size in range(most + 1) for rows in permutations(declared, size)):
-        changed = state
-        for row in rows:
-            before = changed
-            changed = _applied(model, row, before)
-            if same(changed, before):
-                changed = None
-        if changed is not None:
-            yield changed, rows
+def sequences(declared: Sequence[Transform], most: int = MOST_IN_A_GAP) -> Iterator[tuple[Transform, ...]]:
+    """No transform, each one, each two in either order, and so on: what may stand in a gap, shortest first."""
+    return (rows for size in range(most + 1) for rows in permutations(declared, size))
 
 
-def _applied(model: PreTrainedModel, row: Transform, state: Tensor | None) -> Tensor | None:
-    """The state after one row; None where it does not fit."""
+def transformed(model: PreTrainedModel, rows: Sequence[Transform], state: Tensor | None) -> Tensor | None:
+    """The state after these transforms in turn; None where one of them does not fit what it gets."""
     try:
-        return None if state is None else row.apply(state, row.value(model))
+        for row in rows:
+            state = None if state is None else row.apply(state, row.value(model))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
+    return state
 
 
 def _softcap(z: Tensor, cap: float) -> Tensor:

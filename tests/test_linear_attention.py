@@ -138,8 +138,8 @@ def plain(family: str, batch: int, length: int, double: bool) -> tuple[Tensor, l
     """Logits of transformers on the first tokens of a text, and its states after them; `double`: all in float64."""
     ids, mask = (tensor[:, :length] for tensor in text(batch))
     wide, cast = (torch.float64, Tensor.double) if double else (torch.float32, Tensor.float)
+    model = copy.deepcopy(hybrid(family)).to(wide)
     with mock.patch.object(torch, "float32", wide), mock.patch.object(Tensor, "float", cast):
-        model = copy.deepcopy(hybrid(family)).to(wide)
         if model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # the default has no float64
         cache = DynamicCache(config=model.config)
@@ -172,9 +172,11 @@ def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, t
             # transformers lets a single token into the states without asking the mask; the graph never does.
             real = mask[:, : new.stop].any(-1).numpy()
             _, true_states = plain(family, batch, new.stop, double=True)
-            for state, true in zip(states, true_states, strict=True):
+            _, single_states = plain(family, batch, new.stop, double=False)
+            for state, true, own in zip(states, true_states, single_states, strict=True):
                 assert state.shape == true.shape
-                assert np.abs(state - true.numpy())[real].max() < 1e-4 * max(1, true.abs().max())
+                allowed = max(1e-4 * max(1, true.abs().max()), 4 * (own - true)[real].abs().max())
+                assert np.abs(state - true.numpy())[real].max() < allowed
 
 
 @every_family
@@ -210,8 +212,10 @@ def test_a_half_precision_graph_keeps_recurrent_states_in_float32(target: Target
 
 @every_target
 def test_a_graph_is_small_whatever_the_length_and_passes_the_checker(target: Target) -> None:
-    small, large = (onnx.load(client("qwen3_5_text", target, layers=layers).path) for layers in (3, 6))
-    onnx.checker.check_model(small, full_check=True)
+    graphs = client("qwen3_5_text", target), client("qwen3_5_text", target, layers=6)
+    small, large = (onnx.load(graph.path) for graph in graphs)
+    if target == "portable":  # ONNX Runtime's own operators are not ONNX's
+        onnx.checker.check_model(small, full_check=True)
     domains = {"", "com.microsoft"} if target == "cpu" else {""}
     assert {opset.domain for opset in small.opset_import} == domains
     assert next(opset.version for opset in small.opset_import if not opset.domain) == 20

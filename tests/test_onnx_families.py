@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from artifacts import LOOKBACK, Client, artifact, padded, wrapped
 from families import algorithm_1, token_ids
 from torch import Tensor
 
+from cdsurgery import ArtifactError, export
 from cdsurgery.export.report import scan_margin
 from cdsurgery.export.verify import _wider
 
@@ -158,10 +160,13 @@ def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
         truth = exact(ids, attention_mask=mask).final_logits[:, -1]
     error, theirs_error = ((z - truth).abs().mean() for z in (ours, theirs))
     assert error < 1.5 * theirs_error
-    # The entropies are float32's: of the logits that the graph returned, not rounded to half.
-    log_p = torch.from_numpy(found["final_logits"][:, -1]).double().log_softmax(-1)
+    # The entropies are float32's, of the logits before or after they were rounded to half: where ONNX Runtime's CPU
+    # computes half in float32 it spares itself the two casts between. One rounding of a logit is 2^-11 of it.
+    final = torch.from_numpy(found["final_logits"][:, -1]).double()
+    log_p = final.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    assert (torch.from_numpy(found["entropy"][:, -1, 0]) - entropy).abs().max() < 1e-5
+    off = (torch.from_numpy(found["entropy"][:, -1, 0]) - entropy).abs()
+    assert (off < final.abs().amax(-1) * 2**-11).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
@@ -171,12 +176,28 @@ def test_bfloat16_weights_are_kept_and_computed_in_float32(family: str) -> None:
     size = {kind: sum(np.prod(w.dims) for w in stored if w.data_type == kind) for kind in {w.data_type for w in stored}}
     assert size[onnx.TensorProto.BFLOAT16] > 0.95 * sum(size.values())
     found = Client(folder)(ids := token_ids(8, 12), mask := torch.ones(8, 12, dtype=torch.int64))
-    with torch.no_grad():
-        exact = _float(family, torch.bfloat16)(ids, attention_mask=mask)
-    scale = exact.final_logits.abs().max()
-    assert np.abs(found["final_logits"][:, -1] - exact.final_logits[:, -1].numpy()).max() < RELATIVE * scale
+    model = _float(family, torch.bfloat16)
+    truth = reference(model, ids, mask)
+    allowed = max(RELATIVE, FACTOR * noise(truth, reference(_wider(model), ids, mask), mask))
+    assert unclear_rows(found, {name: value[:, -1] for name, value in truth.items()}, allowed) == 0
 
 
 def _float(family: str, dtype: torch.dtype) -> Any:
     """The weights of the half-precision model in float32."""
     return copy.deepcopy(wrapped(family, dtype)).float()
+
+
+def test_a_bfloat16_graph_for_another_runtime_is_written_unverified_and_says_so(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU has no bfloat16 kernels; TensorRT, for which such a graph is made, is not here."""
+    model = wrapped("llama", torch.bfloat16)
+    folder = export.to_onnx(model, tmp_path / "artifact", parity=False)
+    assert json.loads((folder / "cdsurgery.json").read_text())["parity"] is None
+    graph = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    size = sum(np.prod(w.dims) for w in graph.graph.initializer if w.data_type == onnx.TensorProto.BFLOAT16)
+    assert size >= sum(parameter.numel() for parameter in model.parameters())
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.graph.output}
+    assert kinds["present.0.key"] == onnx.TensorProto.BFLOAT16
+    assert kinds["logits"] == kinds["entropy"] == onnx.TensorProto.FLOAT
+    with pytest.raises(ArtifactError, match="Could not find an implementation"):
+        export.load(folder)
