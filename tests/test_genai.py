@@ -73,7 +73,8 @@ def right_padded_truth(family: str, rows: Sequence[Sequence[int]]) -> list[list[
     ids = torch.tensor([[*row, *[PAD] * (length - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
     positions, last = (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1) - 1
-    cache, texts = DynamicCache(), []
+    # Windows are not cut from the graph's cache, so not here either; recurrent states need layers that keep them.
+    cache, texts = DynamicCache(config=wrapped(family).config if family == "qwen3_5_text" else None), []
     for _ in range(NEW):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         with torch.no_grad():
