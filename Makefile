@@ -1,18 +1,28 @@
 # make demo: the small model in this repository decodes a text, in PyTorch and in ONNX Runtime.
 # make test: linters, types and all tests that need no GPU.
-# Both make their own virtual environment first; Python, make and pip are all they need.
+# make clients: tests of clients that need an older transformers than ours, in an environment of their own.
+# make families: docs/families.md anew, for the transformers that is installed.
+# All make their own virtual environments first; Python, make and pip are all they need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test clients lint families clean
 
 demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
 
+# A file is one worker's, since what takes long, exporting a model, is done once a file.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 30
+
+clients: $(VENV)/ready .venv-optimum/ready
+	$(BIN)/python -m pytest tests/test_optimum.py
+
+families: $(VENV)/ready
+	$(BIN)/cdsurgery families --markdown > docs/families.md.new
+	mv docs/families.md.new docs/families.md
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -24,5 +34,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
 
+.venv-optimum/ready: tests/clients/optimum.txt
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip install --quiet --requirement tests/clients/optimum.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-optimum build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from cdsurgery.errors import SurgeryError as SurgeryError
 from cdsurgery.errors import UnsupportedModelError as UnsupportedModelError
 from cdsurgery.head import ConfidentHead as ConfidentHead
 from cdsurgery.output import ConfidentOutput as ConfidentOutput
+from cdsurgery.transforms import Transform as Transform
 from cdsurgery.version import __version__ as __version__
 from cdsurgery.wrap import unwrap as unwrap
 from cdsurgery.wrap import wrap as wrap

@@ -2,66 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """Something a family does to its logits after the unembedding: one row of data.
-
-    Attributes:
-        name: what `inspect` prints.
-        option: the attribute of the (text) config that holds its value; None there means "not done".
-        apply: (logits `[..., V]`, value) -> logits `[..., V]`, in the model's own order of operations, so that the
-            result is bitwise the model's in every dtype.
-        source: the line of the model's code that this repeats.
-    """
-
-    name: str
-    option: str
-    apply: Callable[[Tensor, float], Tensor]
-    source: str
-
-
-_MODELS = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models"
-
-LOGIT_TRANSFORMS = (
-    LogitTransform("scale", "logit_scale", lambda z, value: z * value, f"{_MODELS}/cohere/modeling_cohere.py#L495"),
-    LogitTransform(
-        "scaling", "logits_scaling", lambda z, value: z / value, f"{_MODELS}/granite/modeling_granite.py#L486"
-    ),
-    LogitTransform(
-        "softcap",
-        "final_logit_softcapping",
-        lambda z, value: torch.tanh(z / value) * value,
-        f"{_MODELS}/gemma2/modeling_gemma2.py#L518-L521",
-    ),
-)
+from cdsurgery.transforms import Transform
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of one model, by the paths that `model.get_submodule` takes.
 
+    `wrap` finds them. For a model in which it cannot, pass them: `wrap(model, anatomy=Anatomy(layers, tail))`; they are
+    proven all the same.
+
     Attributes:
         layers: the L decoder layers in order; `layers[l-1]` is layer l of the paper.
-        tail: the modules between the last layer and the logits, in order: final norm, projections, unembedding.
-        transforms: what happens to the logits after the unembedding, in order.
+        tail: what stands between the last layer and the logits, in order: paths of modules that take the state alone
+            (final norm, projections, unembedding), and the transforms before, between and after them.
+        batch_axis: of a layer's state `[B, T, D]`, the axis of B, which that of T follows; further axes may stand
+            before it (gemma3n, `[S, B, T, D]`) or after T (deepseek_v4, `[B, T, S, D]`).
     """
 
     layers: tuple[str, ...]
-    tail: tuple[str, ...]
-    transforms: tuple[LogitTransform, ...] = ()
+    tail: tuple[str | Transform, ...]
+    batch_axis: int = 0
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of the tail's modules, in order."""
+        return tuple(step for step in self.tail if isinstance(step, str))
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The tail's transforms, in order."""
+        return tuple(step for step in self.tail if not isinstance(step, str))
 
     @property
     def unembedding(self) -> str:
         """The path of the module whose rows are the vocabulary."""
-        return self.tail[-1]
+        return self.modules[-1]
+
+    def __str__(self) -> str:
+        return " -> ".join(step if isinstance(step, str) else f"({step.name})" for step in self.tail)
 
 
 def tail_logits(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tensor:
@@ -70,20 +56,34 @@ def tail_logits(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tens
     Paths are looked up at every call, so that a head replaced later (resized, quantised, adapted) is the one used.
 
     Args:
-        state: `[..., T, D]`, the residual stream after a decoder layer, before the final norm.
+        state: the residual stream after a decoder layer, before the final norm, as the layer returns it: `[B, T, D]` in
+            most families, which take any leading axes then.
 
     Returns:
-        `[..., T, V]` in the dtype of the model's logits.
+        `[B, T, V]` in the dtype of the model's logits.
     """
-    for path in anatomy.tail:
-        state = model.get_submodule(path)(state)
-    for transform in anatomy.transforms:
-        value = transform_value(model, transform)
-        assert value is not None
-        state = transform.apply(state, value)
+    for step in anatomy.tail:
+        state = model.get_submodule(step)(state) if isinstance(step, str) else step.apply(state, step.value(model))
     return state
 
 
-def transform_value(model: PreTrainedModel, transform: LogitTransform) -> float | None:
-    """The transform's value in the model's text config; None where the model has no such option."""
-    return getattr(model.config.get_text_config(), transform.option, None)
+def candidate_logits(model: PreTrainedModel, anatomy: Anatomy, states: Sequence[Tensor]) -> Tensor:
+    """The logits of several layers' states, in one pass through the tail, so that the unembedding is read once.
+
+    Args:
+        states: K tensors, each as `tail_logits` takes it. They go through as one batch of K x B rows.
+
+    Returns:
+        `[K, B, T, V]`.
+    """
+    # With a device_map the layers and the tail may each live elsewhere.
+    rows = torch.cat([state.to(states[0].device) for state in states], dim=anatomy.batch_axis)
+    return tail_logits(model, anatomy, rows).unflatten(0, (len(states), -1))
+
+
+def layer_types(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    """What kind each of the L layers is: as the config says, or its class's name where that says nothing of each."""
+    declared = getattr(model.config.get_text_config(), "layer_types", None)
+    if declared and len(declared) == len(anatomy.layers):
+        return list(declared)
+    return [type(model.get_submodule(path)).__name__ for path in anatomy.layers]

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
-from cdsurgery.anatomy import Anatomy, tail_logits
+from cdsurgery.anatomy import Anatomy, candidate_logits
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
 from cdsurgery.output import ConfidentOutput, confident_output
+from cdsurgery.probe import taken
 from cdsurgery.taps import Taps
 from cdsurgery.trough import select
 
@@ -42,6 +43,7 @@ class ConfidentHead(nn.Module):
     _taps: Taps
     _placed_forward: Callable[..., Any] | None
     _argument_names: tuple[str, ...]
+    _as_dict: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> ConfidentOutput | tuple[Any, ...]:
         """The model's own forward, with the same arguments.
@@ -64,9 +66,9 @@ class ConfidentHead(nn.Module):
         allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
         with self._taps.reading(keep) as states:
             plain = self._plain_forward(**inputs)
-            # With a device_map the layers, the tail and the logits may each live elsewhere.
-            stacked = torch.stack([state.to(states[0].device) for state in states])
-            earlier = tail_logits(cast(PreTrainedModel, self), self.anatomy, stacked)
+            earlier = candidate_logits(cast(PreTrainedModel, self), self.anatomy, states)
+        if isinstance(keep, Tensor) and keep.dtype == torch.bool:  # its logits are `[rows that are true, V]`
+            earlier = earlier.squeeze(1)
         candidates = torch.cat([plain.logits[None], earlier.to(plain.logits.device)])
         logits, depth, entropy = select(candidates, MEASURES[self.confident.measure], allowed)
         return confident_output(
@@ -79,7 +81,7 @@ class ConfidentHead(nn.Module):
         )
 
     def _plain_forward(self, **inputs: Any) -> Any:
-        return (self._placed_forward or super().forward)(**inputs, return_dict=True)
+        return (self._placed_forward or super().forward)(**inputs, **self._as_dict)
 
     def _plain_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
         plain = self._plain_forward(**inputs)
@@ -123,6 +125,7 @@ def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps) 
     model.confident, model.anatomy = config, anatomy
     model._taps, model._placed_forward = taps, placed_forward
     model._argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+    model._as_dict = taken(plain.forward, {"return_dict": True})
 
 
 def restore_(model: Any) -> None:
@@ -140,7 +143,7 @@ def restore_(model: Any) -> None:
     model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
     model._taps.remove()
     placed_forward = model._placed_forward
-    for name in ("confident", "anatomy", "_taps", "_placed_forward", "_argument_names"):
+    for name in ("confident", "anatomy", "_taps", "_placed_forward", "_argument_names", "_as_dict"):
         delattr(model, name)
     model.__class__ = plain_class(type(model))
     if placed_forward is not None:

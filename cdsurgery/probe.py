@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +12,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cdsurgery.errors import UnsupportedModelError
+from cdsurgery.states import state_given, state_of, with_state
+
 # Two rows with a common beginning: a causal model cannot tell them apart before they part.
 ROWS, LENGTH, SHARED = 2, 6, 3
 
 
 @dataclass
 class Call:
-    """One call of one module: when it began and ended, the state it was given and the state it returned."""
+    """One call of one module.
+
+    Attributes:
+        began, ended: on one clock.
+        given: the state among its arguments.
+        beside: the other tensors among them.
+        returned: the state in its output.
+    """
 
     path: str
     began: int
+    given: Tensor | None
+    beside: tuple[Tensor, ...]
     ended: int = -1
-    given: Tensor | None = None
     returned: Tensor | None = None
 
 
@@ -41,36 +53,59 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """`[2, 6]` token ids spread over the vocabulary, special ones left out, and a mask of ones."""
-    embedding: Any = model.get_input_embeddings().weight
+    size, device = vocabulary(model)
     options = vars(model.config) | vars(model.config.get_text_config())
-    special = {value for name, value in options.items() if name.endswith("token_id") and isinstance(value, int)}
+    special = {value for name, value in options.items() if "token_i" in name and isinstance(value, int)}
     wanted = 2 * LENGTH - SHARED
-    spread = torch.linspace(0, embedding.shape[0] - 1, wanted + len(special)).long().tolist()
+    spread = torch.linspace(0, size - 1, wanted + len(special)).long().tolist()
     ordinary = [token for token in spread if token not in special] or [0]
     tokens = [ordinary[i % len(ordinary)] for i in range(wanted)]
     rows = [tokens[:LENGTH], tokens[:SHARED] + tokens[LENGTH:]]
+    ids = torch.tensor(rows, device=device)
+    return taken(model.forward, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def vocabulary(model: PreTrainedModel) -> tuple[int, torch.device]:
+    """How many tokens the model can be given, and where it takes them."""
+    try:
+        embedding = next(model.get_input_embeddings().parameters())
+        size = embedding.shape[0]
+    except (NotImplementedError, AttributeError):  # a class of one's own need not say where its embedding is
+        embedding, size = next(model.parameters()), model.config.get_text_config().vocab_size
     # Offloaded weights are on the meta device between calls; accelerate then brings the ids to where they run.
-    ids = torch.tensor(rows, device="cpu" if embedding.is_meta else embedding.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return size, torch.device("cpu") if embedding.is_meta else embedding.device
+
+
+def taken(forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the inputs that a forward has a parameter for."""
+    parameters = inspect.signature(forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def record(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[list[Call], Tensor]:
-    """Run the model once on `inputs`; return every module call in order of beginning, and the logits `[B, T, V]`."""
+    """Run the model once on `inputs`; return every module call in order of beginning, and the logits `[B, T, V]`.
+
+    Raises:
+        UnsupportedModelError: as `plain_logits` does.
+    """
     calls: list[Call] = []
     running: list[Call] = []
     ticks = iter(range(1 << 62))
 
     def enter(path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = first_tensor(args) if args else kwargs.get("hidden_states")
-            running.append(Call(path, next(ticks), given=given))
+            given = state_given(args, kwargs)
+            tensors = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            running.append(Call(path, next(ticks), given, tuple(value for value in tensors if value is not given)))
             calls.append(running[-1])
 
         return hook
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         call = running.pop()
-        call.ended, call.returned = next(ticks), first_tensor(output)
+        call.ended, call.returned = next(ticks), state_of(output)
 
     with ExitStack() as stack:
         for path, module in model.named_modules():
@@ -83,11 +118,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[list[Call
 
 def replaced_logits(model: PreTrainedModel, inputs: dict[str, Tensor], path: str, state: Tensor) -> Tensor:
     """The unmodified model's logits when the module at `path` is made to return `state`: the truth for a tail."""
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-    handle = model.get_submodule(path).register_forward_hook(hook)
+    handle = model.get_submodule(path).register_forward_hook(lambda _module, _args, output: with_state(output, state))
     try:
         return plain_logits(model, inputs)
     finally:
@@ -95,12 +126,26 @@ def replaced_logits(model: PreTrainedModel, inputs: dict[str, Tensor], path: str
 
 
 def plain_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits `[B, T, V]` of one forward without a cache."""
-    return model(**inputs, use_cache=False, return_dict=True).logits
+    """The logits `[B, T, V]` of one forward without a cache.
 
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The state in a layer's arguments or output, which some families hand around in a tuple."""
-    if isinstance(value, tuple) and value:
-        value = value[0]
-    return value if isinstance(value, Tensor) else None
+    Raises:
+        UnsupportedModelError: it fails on token ids, or returns nothing of that shape.
+    """
+    name = type(model).__name__
+    try:
+        output = model(**inputs, **taken(model.forward, {"use_cache": False, "return_dict": True}))
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{name} does not run on token ids alone ({type(error).__name__}: {error}). Confident decoding needs a "
+            "model that reads text by itself; a drafter, or a part of a larger model, decodes together with that one."
+        ) from error
+    logits = getattr(output, "logits", None)
+    rows = tuple(inputs["input_ids"].shape)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != rows:
+        found = "no logits" if logits is None else f"logits of shape {list(getattr(logits, 'shape', []))}"
+        raise UnsupportedModelError(
+            f"{name} has no language head: for ids of shape {list(rows)} it returned a {type(output).__name__} with "
+            f"{found}; needed are logits [batch, length, vocabulary]. Load the model with its head, for example with "
+            "AutoModelForCausalLM instead of AutoModel."
+        )
+    return logits

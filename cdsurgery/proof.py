@@ -1,49 +1,59 @@
 """A model -> its Anatomy, proven on a probe; or a refusal with the reason.
 
-1. Record one forward of the model.
-2. Layers: a module list whose members each run once and in order, each on what the one before it returned.
-3. Tail: the modules that lead from the last layer's output, each fed by the one before it, to the unembedding.
-4. Transforms: the rows of `LOGIT_TRANSFORMS` that turn the unembedding's output into the model's logits, bitwise.
-5. Proof: tail(x^(L)) is the model's logits, and tail(x^(L-1)) is what the model itself returns when its last layer is
+1. What cannot be one at all is refused: no transformers model, an encoder-decoder, weights that are not there.
+2. One forward is recorded. Causality: rows that share a beginning share its logits there.
+3. `search` follows the state from the layers to the logits, unless the anatomy was given.
+4. Proof: tail(x^(L)) is the model's logits, and tail(x^(L-1)) is what the model itself returns when its last layer is
    made to return x^(L-1). Both with `torch.equal`; nothing is approximated. Both states at once give the same, because
    the head sends all candidates through the tail in one pass.
-6. Causality: rows that share a beginning share its logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import combinations, pairwise
+import functools
+import inspect
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cdsurgery.anatomy import LOGIT_TRANSFORMS, Anatomy, LogitTransform, tail_logits, transform_value
-from cdsurgery.errors import UnsupportedModelError
-from cdsurgery.probe import SHARED, Call, at_rest, probe_inputs, record, replaced_logits
+from cdsurgery.anatomy import Anatomy, candidate_logits, tail_logits
+from cdsurgery.errors import InvalidInputError, UnsupportedModelError
+from cdsurgery.probe import SHARED, Call, at_rest, probe_inputs, record, replaced_logits, vocabulary
+from cdsurgery.search import chain_flaw, find_anatomy
+from cdsurgery.states import same
+from cdsurgery.transforms import declared_transforms
 
 
-def find_anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of a causal LM and prove them.
+def proven_anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anatomy:
+    """Find the parts of a causal LM, or take the ones given, and prove them.
 
     Raises:
+        InvalidInputError: the given anatomy names parts that the model does not have.
         UnsupportedModelError: with what was found and why it does not fit.
     """
-    unembedding = _require_causal_lm(model)
+    _require_decoder(model)
+    if given is not None:
+        _require_parts(model, given)
     with at_rest(model):
         inputs = probe_inputs(model)
         calls, logits = record(model, inputs)
-        layers, tail_calls = _find_path(model, calls, unembedding)
-        transforms = _find_transforms(model, tail_calls[-1], logits)
-        anatomy = Anatomy(tuple(call.path for call in layers), tuple(call.path for call in tail_calls), transforms)
-        _prove(model, anatomy, inputs, layers, logits)
-        _prove_causal(model, logits)
+        _require_whole(model, calls)
+        _require_causal(model, logits)
+        replaced = functools.partial(replaced_logits, model, inputs)
+        _require_vocabulary(model, logits)
+        anatomy = given or find_anatomy(model, calls, logits, replaced)
+        _require_depth(model, anatomy)
+        layers = [call for call in calls if call.path in anatomy.layers]
+        if given is not None:
+            _require_chain(model, given, layers)
+        before, last = layers[-2:]
+        assert before.returned is not None and last.returned is not None
+        _prove(model, anatomy, last.returned, before.returned, logits, replaced(last.path, before.returned))
     return anatomy
 
 
-def _require_causal_lm(model: PreTrainedModel) -> str:
-    """Return the path of the unembedding, or refuse what cannot have one."""
+def _require_decoder(model: PreTrainedModel) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings") or not hasattr(model, "get_input_embeddings"):
@@ -56,141 +66,42 @@ def _require_causal_lm(model: PreTrainedModel) -> str:
             f"{name} is an encoder-decoder (config.is_encoder_decoder is true). Confident decoding needs a "
             "decoder-only model: one residual stream that ends in the logits."
         )
+    reason = NOT_DECODERS.get(config.model_type)
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} {reason}")
+    heads = model.get_output_embeddings()
+    if isinstance(heads, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"{name} has {len(heads)} language heads, one for each of its streams of tokens. Confident decoding needs "
+            "a model with one, and one row of logits for each token."
+        )
     # accelerate keeps offloaded weights there too, and hooks that bring each one when its module runs.
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError(f"{name} has weights on the meta device. Load them before wrapping.")
-    head = model.get_output_embeddings()
-    paths = [path for path, module in model.named_modules() if module is head]
-    if head is None or not paths:
-        raise UnsupportedModelError(
-            f"{name} has no language head (get_output_embeddings() returned {head!r}). Load the model with its head, "
-            "for example with AutoModelForCausalLM instead of AutoModel."
-        )
-    return paths[0]
 
 
-def _find_path(model: PreTrainedModel, calls: list[Call], unembedding: str) -> tuple[list[Call], list[Call]]:
-    """The layers' calls and the tail's calls: the outermost chain of layers whose end leads to the unembedding."""
-    heads = [call for call in calls if call.path == unembedding]
-    if len(heads) != 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the unembedding '{unembedding}' ran {len(heads)} times in one forward; it must "
-            "run once, on the final state."
-        )
-    found: list[str] = []
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for path in sorted(lists, key=lambda path: path.count(".")):
-        layers = [call for call in calls if call.path.rpartition(".")[0] == path]
-        flaw = _chain_flaw(layers)
-        if flaw is None:
-            tail, flaw = _find_tail(calls, layers[-1], heads[0])
-            if flaw is None:
-                return layers, tail
-        found.append(f"'{path}' ({flaw})")
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of decoder layers whose last output leads to the unembedding "
-        f"'{unembedding}'. Found: {'; '.join(found[:4]) or 'no module list'}. A model with one residual stream through "
-        "layers that run once and in order can be wrapped."
-    )
+# What no probe on text shows: model type -> why it does not fit, with the line.
+NOT_DECODERS = {
+    "git": "puts the patches of an image before the text, in rows that input_ids do not have "
+    "(https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/git/modeling_git.py#L831-L832): "
+    "its logits have more positions than the ids, labels and draws of what it is given. Confident decoding needs a "
+    "model with one row of logits for each token.",
+}
 
 
-def _chain_flaw(layers: list[Call]) -> str | None:
-    """Why these calls are not one residual stream, or None where they are."""
-    if not layers:
-        return "its members never ran"
-    indices = [int(call.path.rpartition(".")[2]) for call in layers]
-    if indices != list(range(len(layers))):
-        return f"its members ran in the order {indices}, not each once and in order"
-    for before, after in pairwise(layers):
-        if not _same(before.returned, after.given):
-            return f"'{after.path}' does not start from what '{before.path}' returned"
-    return None
-
-
-def _find_tail(calls: list[Call], last: Call, head: Call) -> tuple[list[Call], str | None]:
-    """Follow the state from the last layer's output to the unembedding; also return why that fails, or None."""
-    tail: list[Call] = []
-    state, clock = last.returned, last.ended
-    for call in calls:
-        if clock < call.began and call.ended <= head.ended and _same(call.given, state):
-            tail.append(call)
-            state, clock = call.returned, call.ended
-    if not tail or tail[-1] is not head:
-        reached = tail[-1].path if tail else last.path
-        return tail, f"after '{reached}' the state is changed by something that is not a module"
-    return tail, None
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and (a is b or (a.dtype == b.dtype and torch.equal(a, b)))
-
-
-def _find_transforms(model: PreTrainedModel, head: Call, logits: Tensor) -> tuple[LogitTransform, ...]:
-    """The transforms that reproduce the logits from the unembedding's output; the fullest set that does."""
-    assert head.returned is not None
-    declared = [row for row in LOGIT_TRANSFORMS if transform_value(model, row) is not None]
-    for transforms in _subsets(declared):
-        z = head.returned
-        for row in transforms:
-            value = transform_value(model, row)
-            assert value is not None
-            z = row.apply(z, value)
-        if _same(z, logits):
-            return transforms
-    raise UnsupportedModelError(
-        f"{type(model).__name__}: what '{head.path}' returns is not what the model returns, and no combination of the "
-        f"declared transforms explains it (declared: {', '.join(row.option for row in declared) or 'none'}; known: "
-        f"{', '.join(row.option for row in LOGIT_TRANSFORMS)})."
-    )
-
-
-def _subsets(rows: list[LogitTransform]) -> Iterator[tuple[LogitTransform, ...]]:
-    for size in range(len(rows), -1, -1):
-        yield from combinations(rows, size)
-
-
-def _prove(
-    model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Tensor], layers: list[Call], logits: Tensor
-) -> None:
-    last = layers[-1]
-    assert last.returned is not None and last.given is not None
-    replaced = replaced_logits(model, inputs, last.path, last.given)
-    for state, truth, name in ((last.returned, logits, "x^(L)"), (last.given, replaced, "x^(L-1)")):
-        ours = _applied(model, anatomy, state)
-        if not _same(ours, truth):
-            apart = (ours.float() - truth.float()).abs().max().item() if ours.shape == truth.shape else float("nan")
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: the tail {' -> '.join(anatomy.tail)} does not reproduce the model's logits "
-                f"from {name} (largest difference {apart:.3g}). Something between the layers and the logits is not in "
-                "it, so wrapping would change results."
-            )
-    together = _applied(model, anatomy, torch.stack([last.returned, last.given]))
-    if not _near(together, torch.stack([logits, replaced])):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the tail {' -> '.join(anatomy.tail)} mixes the rows of a batch: it gives a state "
-            "other logits in company than alone, so candidates cannot be compared."
+def _require_parts(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    paths = {path for path, _ in model.named_modules()}
+    missing = [path for path in (*anatomy.layers, *anatomy.modules) if path not in paths]
+    if missing or not anatomy.layers or not anatomy.modules:
+        raise InvalidInputError(
+            f"The anatomy given for {type(model).__name__} names {missing or 'no layers or no modules of a tail'}. "
+            "Layers and tail need the paths of modules, as model.named_modules() lists them; the last of the tail's is "
+            "the unembedding."
         )
 
 
-def _applied(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tensor:
-    try:
-        return tail_logits(model, anatomy, state)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the tail {' -> '.join(anatomy.tail)} cannot be run by itself on a state of shape "
-            f"{list(state.shape)} ({type(error).__name__}: {error}). Each of its modules must take one tensor of any "
-            "leading dimensions."
-        ) from error
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the last digits of a matrix product, which rows move by standing elsewhere in a batch."""
-    a, b = a.float(), b.float()
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
-
-
-def _prove_causal(model: PreTrainedModel, logits: Tensor) -> None:
+def _require_causal(model: PreTrainedModel, logits: Tensor) -> None:
     one, other = logits[0, :SHARED].float(), logits[1, :SHARED].float()
     # What a later token does to an earlier one is as large as the logits themselves.
     if not _near(one, other):
@@ -199,3 +110,77 @@ def _prove_causal(model: PreTrainedModel, logits: Tensor) -> None:
             f"difference {(one - other).abs().max().item():.3g}). Confident decoding needs a model that reads left to "
             "right; some encoders do with config.is_decoder=True."
         )
+
+
+def _require_whole(model: PreTrainedModel, calls: list[Call]) -> None:
+    ran = {call.path for call in calls}
+    for path, _ in model.named_modules():
+        waits = path.rpartition(".")[2] in CROSS_ATTENTIONS and path not in ran
+        if waits and any(name.startswith("encoder_") for name in inspect.signature(model.forward).parameters):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is the decoder of an encoder-decoder: '{path}' ran on no text, it attends to "
+                "the states of an encoder that is not there. Confident decoding needs a model with one residual "
+                "stream, made from the text alone."
+            )
+
+
+# What families call the part of a decoder layer that attends to an encoder.
+CROSS_ATTENTIONS = {"encoder_attn", "cross_attn", "crossattention"}
+
+
+def _require_depth(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    if len(anatomy.layers) < 2:
+        raise UnsupportedModelError(f"{type(model).__name__} has one decoder layer: there is none to look back to.")
+
+
+def _require_chain(model: PreTrainedModel, given: Anatomy, layers: list[Call]) -> None:
+    flaw = chain_flaw(model, layers, given.layers, declared_transforms(model) + list(given.transforms))
+    if flaw is None and len(layers) < len(given.layers):
+        flaw = f"of {len(given.layers)} {len(layers)} ran"
+    if flaw is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the layers of the anatomy given are not one residual stream: {flaw}. Layers run "
+            "once, in order, each on what the one before it returned."
+        )
+
+
+def _require_vocabulary(model: PreTrainedModel, logits: Tensor) -> None:
+    """Where the model does not say which module its head is, logits have to be as many as tokens."""
+    if model.get_output_embeddings() is None and logits.shape[-1] != vocabulary(model)[0]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language head: get_output_embeddings() is None, and it returns "
+            f"{logits.shape[-1]} numbers a position for a vocabulary of {vocabulary(model)[0]}. Load the model with "
+            "its head, for example with AutoModelForCausalLM."
+        )
+
+
+def _prove(
+    model: PreTrainedModel, anatomy: Anatomy, last: Tensor, before: Tensor, logits: Tensor, replaced: Tensor
+) -> None:
+    name = type(model).__name__
+    for state, truth, symbol in ((last, logits, "x^(L)"), (before, replaced, "x^(L-1)")):
+        try:
+            ours = tail_logits(model, anatomy, state)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise UnsupportedModelError(
+                f"{name}: the tail {anatomy} cannot be run by itself on a state of shape {list(state.shape)} "
+                f"({type(error).__name__}: {error}). Each of its modules must take the state and nothing else."
+            ) from error
+        if not same(ours, truth):
+            apart = (ours.float() - truth.float()).abs().max().item() if ours.shape == truth.shape else float("nan")
+            raise UnsupportedModelError(
+                f"{name}: the tail {anatomy} does not reproduce the model's logits from {symbol} (largest difference "
+                f"{apart:.3g}). Something between the layers and the logits is not in it, so wrapping would change "
+                "results."
+            )
+    if not _near(candidate_logits(model, anatomy, [last, before]), torch.stack([logits, replaced])):
+        raise UnsupportedModelError(
+            f"{name}: the tail {anatomy} mixes the rows of a batch: it gives a state other logits in company than "
+            "alone, so candidates cannot be compared."
+        )
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the last digits of a matrix product, which rows move by standing elsewhere in a batch."""
+    a, b = a.float(), b.float()
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))

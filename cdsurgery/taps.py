@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_utils import slice_logits_to_keep
 
 from cdsurgery.errors import SurgeryError
-from cdsurgery.probe import first_tensor
+from cdsurgery.states import kept_rows, state_of
 
 
 class Taps:
@@ -21,11 +20,13 @@ class Taps:
 
     Args:
         layers: in the order in which their states are wanted.
+        batch_axis: as in the model's `Anatomy`.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], batch_axis: int = 0) -> None:
         self.states: list[Tensor | None] = [None] * len(layers)
         self.keep: int | Tensor | None = None
+        self.batch_axis = batch_axis
         self._handles = [layer.register_forward_hook(_Tap(self, index)) for index, layer in enumerate(layers)]
 
     @contextmanager
@@ -64,9 +65,9 @@ class _Tap:
         keep = self.taps.keep
         if keep is None:
             return
-        state = first_tensor(output)
+        state = state_of(output)
         assert state is not None
         if isinstance(keep, Tensor) or keep > 0:
             # A slice is a view that keeps the whole prompt's state alive; a copy of the kept rows does not.
-            state = slice_logits_to_keep(state, keep).clone()
+            state = kept_rows(state, keep, self.taps.batch_axis).clone()
         self.taps.states[self.index] = state

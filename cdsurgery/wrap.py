@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from cdsurgery.anatomy import Anatomy
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
-from cdsurgery.errors import SurgeryError, UnsupportedModelError
+from cdsurgery.errors import SurgeryError
 from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
 from cdsurgery.loading import load_causal_lm
-from cdsurgery.proof import find_anatomy
+from cdsurgery.proof import proven_anatomy
 from cdsurgery.taps import Taps
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,6 +25,7 @@ def wrap(
     probability: float = 1.0,
     seed: int | None = None,
     measure: str = "entropy",
+    anatomy: Anatomy | None = None,
 ) -> ConfidentHead:
     """Make a causal LM decode from its most confident near-final layer.
 
@@ -37,12 +39,13 @@ def wrap(
         probability: in [0, 1], the share of rows that may leave the final layer.
         seed: for 0 < probability < 1; None draws one from torch's global generator.
         measure: "entropy", or "log_p_squared" as in the authors' published overlay.
+        anatomy: where the layers and the tail are, for a model in which they are not found; proven all the same.
 
     Returns:
         The same object.
 
     Raises:
-        InvalidInputError: an option is out of range.
+        InvalidInputError: an option is out of range, or the anatomy names parts that the model does not have.
         UnsupportedModelError: the model cannot be proven to fit.
         SurgeryError: the model is wrapped already.
     """
@@ -55,13 +58,11 @@ def wrap(
             f"This {type(model).__name__} is wrapped already, with {host.confident}. To change the options, unwrap it "
             "with cdsurgery.unwrap(model) and wrap it again."
         )
-    anatomy = find_anatomy(host)
+    anatomy = proven_anatomy(host, anatomy)
     depth = len(anatomy.layers)
-    if depth < 2:
-        raise UnsupportedModelError(f"{type(host).__name__} has one decoder layer: there is none to look back to.")
     config = config.resolve(depth)
-    candidates = anatomy.layers[depth - 2 :: -1][: int(config.lookback)]
-    operate_(host, config, anatomy, Taps([host.get_submodule(path) for path in candidates]))
+    candidates = [host.get_submodule(path) for path in anatomy.layers[depth - 2 :: -1][: int(config.lookback)]]
+    operate_(host, config, anatomy, Taps(candidates, anatomy.batch_axis))
     if host is not model:
         model.__class__ = adapter_class(type(model))  # type: ignore[arg-type]  # a class is hashable
     return model  # type: ignore[return-value]  # its class has just become one

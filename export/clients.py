@@ -58,7 +58,7 @@ def write_client_files(
         not_for[GENAI] = str(error)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        _name_fast_tokenizer(folder / "tokenizer_config.json")
+        _speak_to_transformers_4(folder / "tokenizer_config.json", tokenizer)
     return not_for
 
 
@@ -150,9 +150,14 @@ def _special_tokens(model: Any) -> dict[str, Any]:
     return {name: value for name, value in tokens.items() if value is not None}
 
 
-def _name_fast_tokenizer(path: Path) -> None:
-    """transformers 5 writes a class name that transformers 4, and so optimum, does not know."""
+def _speak_to_transformers_4(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what transformers 4, and so optimum, reads otherwise from a tokenizer that transformers 5 saved.
+
+    It does not know the class TokenizersBackend, and where no inputs are named it makes token_type_ids, which
+    `generate` refuses.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    settings["model_input_names"] = list(tokenizer.model_input_names)
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

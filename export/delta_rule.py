@@ -31,10 +31,11 @@ def expand_delta_rule(model: onnx_ir.Model) -> None:
     """
     rules = [node for node in model.graph if node.domain == DOMAIN]
     ops = _Operators("delta_rule")
-    for index, rule in enumerate(rules):
-        if index == 0:
-            chunks = _Chunks(ops, rule.inputs[1])
-        outputs = _chunked(ops, chunks, *rule.inputs)
+    chunks: _Chunks | None = None
+    for rule in rules:
+        inputs: list[Any] = list(rule.inputs)
+        chunks = chunks or _Chunks(ops, inputs[1])
+        outputs = _chunked(ops, chunks, *inputs)
         onnx_ir.convenience.replace_nodes_and_values(model.graph, rule, [rule], ops.take(), rule.outputs, outputs)
     model.opset_imports.pop(DOMAIN, None)
 
@@ -42,7 +43,7 @@ def expand_delta_rule(model: onnx_ir.Model) -> None:
 def _chunked(
     ops: _Operators, chunks: _Chunks, query: Value, key: Value, value: Value, decay: Value, beta: Value, state: Value
 ) -> list[Value]:
-    (heads, key_size), (value_heads, value_size) = (tuple(tensor.shape)[2:] for tensor in (key, value))
+    (heads, key_size), (value_heads, value_size) = _sizes(key), _sizes(value)
     groups = value_heads // heads
     tokens = [chunks.cut(ops, tensor, [heads, 1, key_size]) for tensor in (ops.Mul(query, key_size**-0.5), key)]
     tokens.append(chunks.cut(ops, value, [heads, groups, value_size]))
@@ -51,6 +52,12 @@ def _chunked(
     last, output = ops.scan(_step(ops, chunks), [grouped, *tokens])
     output = ops.Reshape(ops.Transpose(output, perm=[1, 0, 4, 2, 3, 5]), [0, -1, value_heads, value_size])
     return [ops.Slice(output, [0], chunks.length, [1]), ops.Reshape(last, [0, value_heads, key_size, value_size])]
+
+
+def _sizes(tensor: Value) -> list[int]:
+    """Heads and their size; they are the model's, so that every tracer knows them."""
+    assert tensor.shape is not None
+    return [int(size) for size in tensor.shape[2:]]  # type: ignore[arg-type]  # a name would raise
 
 
 def _step(outer: _Operators, chunks: _Chunks) -> onnx_ir.Graph:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cdsurgery.anatomy import tail_logits
 from cdsurgery.draw import allowed_rows
 from cdsurgery.entropy import MEASURES
-from cdsurgery.export.options import GraphOptions
+from cdsurgery.export.cache import build_cache, cache_states
+from cdsurgery.export.options import GraphOptions, Positions
 from cdsurgery.export.signature import Signature, empty_past, torch_dtype
-from cdsurgery.export.states import build_cache, cache_states
 from cdsurgery.taps import Taps
 from cdsurgery.trough import pick, select, trough_depth
 
@@ -81,7 +81,7 @@ class DecoderGraph(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-            rows = self._kept_rows(attention_mask, input_ids)
+            rows = kept_rows(attention_mask, input_ids, self.options.positions)
             kept = [state[rows] for state in states]
         allowed = None
         if model.confident.probability < 1:
@@ -102,8 +102,14 @@ class DecoderGraph(nn.Module):
     def _scores(self, states: list[Tensor], targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
         """Log-probabilities of the targets `[B, S]`, selected and final, layer `[B, S]`, entropies `[B, S, M]`."""
         model, wanted = self.model, targets.clamp(min=0)[..., None]
-        measured, scores = [], []
+        measured: list[Tensor] = []
+        scores: list[Tensor] = []
         for state in states:
+            if scores:
+                # Never true, but known only when the candidate before is done with: a runtime is free to compute the
+                # logits of all candidates first, and would.
+                never = (scores[-1] > torch.inf) | (measured[-1][..., None] > torch.inf)
+                state = state.masked_fill(never, 0.0)
             logits = tail_logits(model, model.anatomy, state)
             measured.append(MEASURES[model.confident.measure](logits))
             scores.append(logits.gather(-1, wanted).float() - logits.float().logsumexp(dim=-1, keepdim=True))
@@ -116,14 +122,21 @@ class DecoderGraph(nn.Module):
         logprobs = [score.squeeze(-1).masked_fill(none, 0.0) for score in (chosen, scores[0])]
         return *logprobs, len(model.anatomy.layers) - depth, entropy
 
-    def _kept_rows(self, attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices `[B, 1]` and `[B, T]` of the rows to project: the last one under the mask, or all."""
-        batch, length = input_ids.shape
-        every = torch.arange(length, device=input_ids.device)
-        real = attention_mask[:, -length:] * (every + 1)
-        last = (real.amax(dim=-1, keepdim=True) - 1).clamp(min=0)
-        columns = last if self.options.positions == "last" else every[None].expand(batch, length)
-        return torch.arange(batch, device=input_ids.device)[:, None], columns
+
+def kept_rows(attention_mask: Tensor, input_ids: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """Indices `[B, 1]` and `[B, T]` of the rows to project: the last one under the mask, or all.
+
+    Args:
+        attention_mask: `[B, P+S]` integers, 0 for padding on either side.
+        input_ids: `[B, S]`, for its shape.
+        positions: "last" (T is 1), "all" or "score" (T is S).
+    """
+    batch, length = input_ids.shape
+    every = torch.arange(length, device=input_ids.device)
+    real = attention_mask[:, -length:] * (every + 1)
+    last = (real.amax(dim=-1, keepdim=True) - 1).clamp(min=0)
+    columns = last if positions == "last" else every[None].expand(batch, length)
+    return torch.arange(batch, device=input_ids.device)[:, None], columns
 
 
 def sample_inputs(model: Any, signature: Signature) -> dict[str, Any]:

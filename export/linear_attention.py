@@ -98,14 +98,14 @@ def _delta_rule(target: Target) -> Callable[..., tuple[Tensor, Tensor | None]]:
             initial_state = values.new_zeros(batch, heads, key.shape[-1], size)
         if target == "portable":
             operator, attributes = f"{DOMAIN}::{NAME}", {}
-            tensors, shape = [query, key, values, g, beta, initial_state], value.shape
+            tensors, shape = [query, key, values, g, beta, initial_state], [batch, length, heads, size]
         else:
             # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.LinearAttention
             operator = "com.microsoft::LinearAttention"
             attributes = {"q_num_heads": key.shape[2], "kv_num_heads": heads, "update_rule": "gated_delta"}
             attributes["scale"] = key.shape[3] ** -0.5
             tensors = [tensor.flatten(2) for tensor in (query, key, values)] + [initial_state, g, beta]
-            shape = (batch, length, heads * size)
+            shape = [batch, length, heads * size]
         output, state = _node(operator, tensors, attributes, shape, initial_state.shape)
         return output.view(value.shape).to(value.dtype), state if output_final_state else None
 
@@ -138,13 +138,14 @@ def _convolution(target: Target) -> Callable[..., Tensor]:
     ) -> Tensor:
         """Weights `[C, kernel]` over a window -> `[B, C, T]`, every channel alone; the layer gets its new state."""
         past, tokens, weight = window.layer.conv_states[0], window.tokens, weight.unsqueeze(1)
+        assert past is not None
         dtype = tokens.dtype
         if target == "portable":
             seen = torch.cat([past, tokens], dim=-1)
             state = seen[..., 1 - weight.shape[-1] :]
             output = F.conv1d(seen, weight, bias, groups=weight.shape[0])
         else:
-            tensors = [tokens, weight, bias, past]
+            tensors: list[Tensor | None] = [tokens, weight, bias, past]
             if target == "cpu":  # whose kernel is float32 only
                 tensors = [tensor if tensor is None else tensor.float() for tensor in tensors]
             # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.CausalConvWithState

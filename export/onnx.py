@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
+import torch
 from torch.export import Dim
 from transformers import PreTrainedTokenizerBase
 from transformers.exporters.configs import OnnxConfig
-from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.exporters.exporter_onnx import OnnxExporter, use_experts_implementation
 from transformers.utils import logging as transformers_logging
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
@@ -120,11 +121,16 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     }
     shapes: dict[str, Any] = {name: dynamic[name] for name in inputs if name in dynamic}
     shapes["past"] = [dynamic[spec.name] for spec in signature.past]
-    fusions = None if options.target == "portable" else options.target
+    # Around the float32 operators of linear attention in a half-precision model, transformers' fusions join norms of
+    # two dtypes into one operator, which ONNX Runtime refuses.
+    mixed = model.dtype != torch.float32 and any(spec.name.endswith(".recurrent") for spec in signature.past)
+    fusions = None if options.target == "portable" or mixed else options.target
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
     tracing = traceable_linear_attention(model, options.target)
-    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, _quiet():
+    # The one form of experts that fuses into ONNX Runtime's MoE operator, which only its CUDA provider has.
+    experts = use_experts_implementation(model, "batched_mm" if options.target == "cuda" else None)
+    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, _quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)
     return program

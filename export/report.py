@@ -32,6 +32,8 @@ TOLERANCES = {
 # Two runtimes that round alike are each as far from the exact result, so at most twice that from one another; half as
 # much again is for the luck of the one that was measured.
 NOISE_FACTOR = 3
+# Beyond this, rounding decides what such a model says, and nothing can be shown of a graph by comparing it.
+LARGEST_WIDENING = 30
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Report:
     Attributes:
         tolerance: what is allowed.
         noise: how far PyTorch itself is from the same model in a wider dtype, on the same rows; measured only where a
-            difference is above the tolerance. A model that amplifies rounding is allowed NOISE_FACTOR times as much.
+            difference is above the tolerance. A model that amplifies rounding is allowed NOISE_FACTOR times as
+            much, and LARGEST_WIDENING times the tolerance at most.
         depth: L, the layers of the model.
         rows: rows compared; excluded: those of them too close to call; rerouted: those of them far apart because a
             router came closer to other experts than the runtimes agree.
@@ -76,8 +79,12 @@ class Report:
         t, noise = self.tolerance, self.noise
         if noise is None:
             return t
-        logits = max(noise.final_logits, noise.logits)
-        return Tolerance(max(t.logits, NOISE_FACTOR * logits), max(t.entropy, NOISE_FACTOR * noise.entropy))
+        logits = NOISE_FACTOR * max(noise.final_logits, noise.logits)
+        entropy = NOISE_FACTOR * noise.entropy
+        return Tolerance(
+            min(max(t.logits, logits), LARGEST_WIDENING * t.logits),
+            min(max(t.entropy, entropy), LARGEST_WIDENING * t.entropy),
+        )
 
     @property
     def close(self) -> bool:

@@ -15,12 +15,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
+from cdsurgery.export.cache import build_cache, cache_states
 from cdsurgery.export.clients import GRAPH_FILE
 from cdsurgery.export.inputs import check_options, check_targets, decoder_inputs
 from cdsurgery.export.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.session import Provider, Session
-from cdsurgery.export.signature import empty_past
-from cdsurgery.export.states import build_cache, cache_states
+from cdsurgery.export.signature import empty_past, torch_dtype
 from cdsurgery.output import ConfidentOutput
 
 
@@ -124,8 +124,10 @@ class OnnxRunner(GenerationMixin):
         signature = self.manifest.signature
         past = _past_tensors(past_key_values, len(signature.past))
         cached = past_key_values.get_seq_length() if past and past_key_values is not None else 0
-        feed = decoder_inputs(self.config, input_ids, attention_mask, position_ids, cached)
-        feed |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
+        given = decoder_inputs(self.config, input_ids, attention_mask, position_ids, cached)
+        given |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
+        # A grafted graph may count its positions itself, and take integers of 32 bits.
+        feed = {spec.name: given[spec.name].to(torch_dtype(spec)) for spec in signature.tokens}
         past = past or empty_past(signature, len(input_ids))
         feed |= {spec.name: tensor for spec, tensor in zip(signature.past, past, strict=True)}
         outputs = self.session.run(feed)

@@ -32,7 +32,7 @@ class Session:
 
     Attributes:
         signature: the inputs and outputs of the graph.
-        device: where its tensors live: the CUDA device of the providers, or the CPU.
+        device: where its floating-point tensors live: the CUDA device of the providers, or the CPU.
     """
 
     def __init__(
@@ -82,26 +82,34 @@ class Session:
             feed: a tensor for every input of the signature. What lies on another device is copied to the session's.
 
         Returns:
-            A new tensor on the session's device for every output of the signature.
+            A new tensor for every output of the signature: floating-point ones on the session's device, integers on the
+            host.
 
         Raises:
             InvalidInputError: an input is missing or unknown, or its dtype, rank or size does not fit.
         """
         lengths = self._lengths(feed)
-        inputs = {name: tensor.to(self.device).contiguous() for name, tensor in feed.items()}
-        outputs = {
-            spec.name: torch.empty(_shape(spec.axes, lengths), dtype=getattr(torch, spec.dtype), device=self.device)
-            for spec in self.signature.outputs
-        }
+        inputs = {name: tensor.to(self._place(tensor.dtype)).contiguous() for name, tensor in feed.items()}
+        outputs = {}
+        for spec in self.signature.outputs:
+            dtype = getattr(torch, spec.dtype)
+            outputs[spec.name] = torch.empty(_shape(spec.axes, lengths), dtype=dtype, device=self._place(dtype))
         if self.device.type == "cuda":  # ONNX Runtime computes on a stream of its own, and waits for it at the end
             torch.cuda.current_stream(self.device).synchronize()
-        binding = self._session.io_binding()
+        binding, stand_ins = self._session.io_binding(), []
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
-                place = (self.device.type, self.device.index or 0)
-                bind(name, *place, int(from_torch_dtype(tensor.dtype)), list(tensor.shape), tensor.data_ptr())
+                # An empty tensor has no address, and not every provider takes a null pointer for it.
+                memory = tensor if tensor.numel() else tensor.new_empty(1)
+                stand_ins.append(memory)
+                place = (tensor.device.type, tensor.device.index or 0)
+                bind(name, *place, int(from_torch_dtype(tensor.dtype)), list(tensor.shape), memory.data_ptr())
         self._session.run_with_iobinding(binding)
         return outputs
+
+    def _place(self, dtype: torch.dtype) -> torch.device:
+        """Integers stay on the host: ONNX Runtime computes shapes and indices there, whatever the provider."""
+        return self.device if dtype.is_floating_point else torch.device("cpu")
 
     def _lengths(self, feed: Mapping[str, Tensor]) -> dict[str, int]:
         """The size of every named axis, after holding each tensor against the signature."""
@@ -116,7 +124,8 @@ class Session:
             for axis, size in zip(spec.axes, feed[spec.name].shape, strict=False):  # a wrong rank is said below
                 if isinstance(axis, str):
                     lengths.setdefault(axis, size)
-        lengths[TOTAL] = lengths[PAST] + lengths[SEQUENCE]
+        if PAST in lengths:  # else no state grows, and the mask alone knows how long the text is
+            lengths[TOTAL] = lengths[PAST] + lengths[SEQUENCE]
         for spec in specs:
             tensor, shape = feed[spec.name], _shape(spec.axes, lengths)
             if list(tensor.shape) != shape or tensor.dtype != getattr(torch, spec.dtype):

@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cdsurgery.errors import InvalidInputError, UnsupportedModelError
+from cdsurgery.export.cache import PARTS, cache_states
 from cdsurgery.export.linear_attention import check_linear_attention
 from cdsurgery.export.options import GraphOptions
-from cdsurgery.export.states import PARTS, cache_states
 from cdsurgery.probe import at_rest, probe_inputs
 
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "targets")
+RESULTS = ("logits", "final_logits", "logprobs", "final_logprobs", "selected_layer", "entropy")
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
 
 
@@ -42,19 +44,24 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
 
     @property
+    def tokens(self) -> tuple[TensorSpec, ...]:
+        """The inputs that are not the cache; a grafted graph may count its positions itself and have none."""
+        return tuple(spec for spec in self.inputs if spec.name in TOKEN_INPUTS)
+
+    @property
     def past(self) -> tuple[TensorSpec, ...]:
         """The inputs that hold the cache, layer by layer."""
-        return tuple(spec for spec in self.inputs if spec.name.startswith("past"))
+        return tuple(spec for spec in self.inputs if spec.name not in TOKEN_INPUTS)
 
     @property
     def present(self) -> tuple[TensorSpec, ...]:
         """The outputs that hold the cache, in the order of `past`."""
-        return tuple(spec for spec in self.outputs if spec.name.startswith("present."))
+        return tuple(spec for spec in self.outputs if spec.name not in RESULTS)
 
     @property
     def results(self) -> tuple[TensorSpec, ...]:
         """The outputs that are not the cache."""
-        return tuple(spec for spec in self.outputs if not spec.name.startswith("present."))
+        return tuple(spec for spec in self.outputs if spec.name in RESULTS)
 
 
 def decoder_signature(model: Any, options: GraphOptions) -> Signature:
@@ -66,7 +73,7 @@ def decoder_signature(model: Any, options: GraphOptions) -> Signature:
 
     Raises:
         InvalidInputError: the model is wrapped with probability=0.
-        UnsupportedModelError: a layer keeps another state than what `export.states` knows.
+        UnsupportedModelError: a layer keeps another state than what `export.cache` knows.
     """
     if model.confident.probability == 0:
         raise InvalidInputError(

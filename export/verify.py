@@ -215,7 +215,7 @@ def _compare_texts(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     # The texts must not end early: a minimum equal to the maximum keeps the end-of-text token out of both.
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    ours = runner.generate(ids, attention_mask=mask, **options)[:, longest:]
+    ours = runner.generate(ids.to(runner.device), attention_mask=mask.to(runner.device), **options)[:, longest:].cpu()
     theirs = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)[:, longest:].cpu()
     for prompt, our_text, their_text in zip(prompts, ours, theirs, strict=True):
         report.texts += 1

@@ -19,12 +19,17 @@ from cdsurgery import ConfidentHead, export
 
 LOOKBACK = 2  # less than the depth allows, so that a candidate too deep shows
 EXPORTED = ("llama", "qwen3")
-_SMALL = {"num_hidden_layers": 4, "tie_word_embeddings": True}  # tied, so that a weight saved twice would show
+_TIED = {"num_hidden_layers": 4, "tie_word_embeddings": True}  # tied, so that a weight saved twice would show
+_SHORT = {"num_hidden_layers": 3}  # as deep as the scan looks back; what takes longest in a test is tracing layers
+_HYBRID = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "llama": _SMALL,
-    "qwen3": _SMALL,
+    "llama": _TIED,
+    "qwen3": _TIED,
     # The default of 1, where others divide by the root of the head size, makes attention amplify every rounding.
-    "granite": {"attention_multiplier": 0.25},
+    "granite": _SHORT | {"attention_multiplier": 0.25},
+    **{family: _SHORT for family in ("mistral", "qwen2", "qwen3_moe", "phi3", "olmo2", "deepseek_v3", "gpt2", "opt")},
+    **{family: {"num_hidden_layers": 4} for family in ("gpt_oss", "gemma2", "cohere2", "smollm3")},  # kinds alternate
+    **{family: _SHORT | _HYBRID for family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
 }
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="artifacts-")
 atexit.register(_TEMPORARY.cleanup)

@@ -1,9 +1,4 @@
-"""Families of decoders -> tiny random models on which the layer that speaks really changes.
-
-A default-initialised tiny model has near-uniform logits at every layer, and a test on it shows nothing. Here weights
-are wide enough that logits spread over tens of nats, biases and norm weights are random (one that is dropped shows),
-and softcaps, scales and sliding windows have values that matter at this size. To add a family, add a row.
-"""
+"""The tiny models of `cdsurgery.zoo` -> what is true of their layers, from the plain model alone; and odd ones."""
 
 from __future__ import annotations
 
@@ -12,84 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from cdsurgery.zoo import HIDDEN as HIDDEN
+from cdsurgery.zoo import LAYERS, VOCABULARY
+from cdsurgery.zoo import tiny_model as tiny_model
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LAYERS, VOCABULARY, HIDDEN = 6, 256, 64
 
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
-_USUAL = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_WINDOW = {"sliding_window": 4}
-# Untied, because an embedding that is read with a factor of sqrt(D) and also unembeds drowns what the layers say.
-_GEMMA = _USUAL | _WINDOW | {"final_logit_softcapping": 8.0, "tie_word_embeddings": False}
-_LINEAR = {
-    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-
-# transformers' model_type -> the options of its config that differ from those above.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _USUAL,
-    "mistral": _USUAL | _WINDOW,
-    "qwen2": _USUAL,
-    "qwen3": _USUAL,
-    "qwen3_moe": _USUAL | _EXPERTS,
-    "qwen3_5_text": _USUAL | _LINEAR,
-    "qwen3_5_moe_text": _USUAL | _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 32},
-    "qwen3_next": _USUAL | _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 32},
-    "olmo_hybrid": _USUAL | _LINEAR,
-    "gpt_oss": _USUAL | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "gemma4_text": _GEMMA
-    | {
-        "layer_types": ["sliding_attention", "full_attention"] * 3,
-        "global_head_dim": 32,
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": VOCABULARY,
-    },
-    "cohere": _USUAL | {"logit_scale": 0.8},
-    "granite": _USUAL | {"logits_scaling": 1.25, "residual_multiplier": 0.7},
-    "phi": _USUAL,
-    "gpt2": {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 4, "n_positions": 128},
-    "opt": {
-        "hidden_size": HIDDEN,
-        "ffn_dim": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "word_embed_proj_dim": 32,
-    },
-}
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """A causal LM of the family with random weights, in evaluation mode; `options` go before those of its row."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(_SPECIAL | FAMILIES[family] | options))
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)  # 1.2 / sqrt(D): every layer turns the residual stream, none drowns it
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.3)  # biases, norm weights, decays
-        model.get_output_embeddings().weight.mul_(3)
-    return model.to(dtype).eval()
+# A cross-section of them: what a test that is too slow for all of MODEL_FOR_CAUSAL_LM_MAPPING_NAMES runs on.
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "gpt_oss",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "cohere",
+    "granite",
+    "phi",
+    "gpt2",
+    "opt",
+)
 
 
 def token_ids(rows: int, length: int, seed: int = 1) -> Tensor:
@@ -123,29 +68,30 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 @torch.no_grad()
 def truth(plain: nn.Module, lookback: int, **inputs: Any) -> Truth:
     """Run a plain model once, then again with its last layer made to return each earlier layer's state."""
-    layers = decoder_layers(plain)
+    layers, inputs = decoder_layers(plain), {"use_cache": False} | inputs
     states: list[Tensor] = []
     notes = [layer.register_forward_hook(lambda _, __, out: states.append(_state(out))) for layer in layers]
-    final = plain(**inputs, use_cache=False).logits
+    final = plain(**inputs).logits
     for note in notes:
         note.remove()
     # All K at once, as a batch of K x B rows: a matrix product sums in an order that depends on its shape, and this is
     # the number of rows that one pass over all candidates has, so that results can be compared bit for bit.
-    earlier = torch.cat([states[-1 - k] for k in range(1, lookback + 1)])
+    batch_axis = 1 if states[0].ndim == 4 and states[0].shape[0] != len(final) else 0  # gemma3n has its streams first
+    earlier = torch.cat([states[-1 - k] for k in range(1, lookback + 1)], dim=batch_axis)
     many = {
         name: torch.cat([value] * lookback) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
     swap = layers[-1].register_forward_hook(
-        lambda _, __, out: (earlier, *out[1:]) if isinstance(out, tuple) else earlier
+        lambda _, __, out: earlier if isinstance(out, Tensor) else type(out)([earlier, *out[1:]])
     )
-    replaced = plain(**many, use_cache=False).logits.unflatten(0, (lookback, -1))
+    replaced = plain(**many).logits.unflatten(0, (lookback, -1))
     swap.remove()
     candidates = torch.cat([final[None], replaced])
     log_p = candidates.double().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1).movedim(0, -1)
     depth = torch.tensor([[algorithm_1(row) for row in rows] for rows in entropy.tolist()])
     logits = torch.stack([torch.stack([candidates[k, b, t] for t, k in enumerate(ks)]) for b, ks in enumerate(depth)])
-    return Truth(candidates, entropy, LAYERS - depth, logits)
+    return Truth(candidates, entropy, len(states) - depth, logits)
 
 
 def algorithm_1(entropy: list[float]) -> int:
@@ -157,7 +103,7 @@ def algorithm_1(entropy: list[float]) -> int:
 
 
 def _state(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output if isinstance(output, Tensor) else output[0]
 
 
 # Odd ones: each changes one thing on the way from the layers to the logits.

@@ -59,7 +59,9 @@ def test_tokenizer_files_name_a_class_that_transformers_4_knows(tmp_path: Path) 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     signature = export.manifest.read_manifest(artifact("llama")).signature
     export.clients.write_client_files(tmp_path, wrapped("llama"), signature, tokenizer)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ norm blows up, so that single tokens of these tiny models are 1e-4 off in any fl
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 from typing import Any
 from unittest import mock
 
@@ -29,14 +29,15 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from cdsurgery.export.cache import build_cache
 from cdsurgery.export.delta_rule import expand_delta_rule
 from cdsurgery.export.linear_attention import CONVOLUTION, RULES, traceable_linear_attention
 from cdsurgery.export.onnx import _quiet
 from cdsurgery.export.options import Target
-from cdsurgery.export.states import build_cache
 
 TARGETS: tuple[Target, ...] = ("cpu", "portable")
 LENGTHS = (1, 7, 64, 65, 130, 1000)
+PROMPT = 5
 KEY_HEADS, VALUE_HEADS, SIZE = 2, 4, 16
 every_target = pytest.mark.parametrize("target", TARGETS)
 every_family = pytest.mark.parametrize("family", HYBRIDS)
@@ -122,14 +123,25 @@ def test_keys_alike_are_more_than_powers_of_the_system_can_take() -> None:
 # Whole models.
 
 
+def text(batch: int) -> tuple[Tensor, Tensor]:
+    """Tokens and a mask with 0, 2 and 4 tokens of left padding."""
+    ids = token_ids(batch, PROMPT + max(LENGTHS))
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 2 * row] = 0
+    return ids, mask
+
+
+@functools.cache
 @torch.no_grad()
-def transformers_run(family: str, ids: Tensor, mask: Tensor, double: bool) -> tuple[Tensor, list[Tensor]]:
-    """Logits of the plain model on the whole text, and its states after it; in float64 throughout, or in float32."""
-    model = hybrid(family)
-    wide = torch.float64 if double else torch.float32
-    cast = Tensor.double if double else Tensor.float
+def plain(family: str, batch: int, length: int, double: bool) -> tuple[Tensor, list[Tensor]]:
+    """Logits of transformers on the first tokens of a text, and its states after them; `double`: all in float64."""
+    ids, mask = (tensor[:, :length] for tensor in text(batch))
+    wide, cast = (torch.float64, Tensor.double) if double else (torch.float32, Tensor.float)
+    model = copy.deepcopy(hybrid(family)).to(wide)
     with mock.patch.object(torch, "float32", wide), mock.patch.object(Tensor, "float", cast):
-        model = copy.deepcopy(model).double() if double else model
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # the default has no float64
         cache = DynamicCache(config=model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
@@ -142,29 +154,28 @@ def off(found: Any, truth: Tensor, mask: Tensor) -> Tensor:
     return ((torch.as_tensor(found) - truth) / scale).abs().amax(-1)[mask.bool()]
 
 
-@every_family
+@pytest.mark.parametrize(("family", "batch"), [("qwen3_5_text", 1), *((family, 3) for family in HYBRIDS)])
 @every_target
-@pytest.mark.parametrize("batch", [1, 3])
 def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, target: Target, batch: int) -> None:
-    graph, past_length = client(family, target), 5
-    ids = token_ids(batch, past_length + max(LENGTHS))
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        mask[row, : 2 * row] = 0  # left padding of the prompt, 0, 2 and 4 of 5 tokens
-    prompt = run(graph, ids[:, :past_length], mask[:, :past_length])
-    truth, _ = transformers_run(family, ids, mask, double=True)
-    plain = off(transformers_run(family, ids, mask, double=False)[0], truth, mask)
-    for start, past in ((0, None), (past_length, prompt[1:])):
+    graph, (ids, mask) = client(family, target), text(batch)
+    prompt = run(graph, ids[:, :PROMPT], mask[:, :PROMPT])
+    truth, _ = plain(family, batch, ids.shape[1], double=True)
+    single = off(plain(family, batch, ids.shape[1], double=False)[0], truth, mask)
+    for start, past in ((0, None), (PROMPT, prompt[1:])):
         for length in LENGTHS:
             new = slice(start, start + length)
-            logits, *states = run(graph, ids[:, new], mask[:, : start + length], past)
+            logits, *states = run(graph, ids[:, new], mask[:, : new.stop], past)
             error = off(logits, truth[:, new], mask[:, new])
-            assert error.median() < 2e-6
-            assert error.max() < 4 * plain.max() + 1e-6
-            _, true_states = transformers_run(family, ids[:, : new.stop], mask[:, : new.stop], double=True)
-            for state, true in zip(states, true_states, strict=True):
+            assert error.max() < 4 * single.max() + 1e-6
+            assert length < 64 or error.median() < 2 * single.median()
+            # transformers lets a single token into the states without asking the mask; the graph never does.
+            real = mask[:, : new.stop].any(-1).numpy()
+            _, true_states = plain(family, batch, new.stop, double=True)
+            _, single_states = plain(family, batch, new.stop, double=False)
+            for state, true, own in zip(states, true_states, single_states, strict=True):
                 assert state.shape == true.shape
-                assert np.abs(state - true.numpy()).max() < 1e-4 * max(1, true.abs().max())
+                allowed = max(1e-4 * max(1, true.abs().max()), 4 * (own - true)[real].abs().max())
+                assert np.abs(state - true.numpy())[real].max() < allowed
 
 
 @every_family
@@ -174,7 +185,7 @@ def test_padding_leaves_no_trace_in_a_row(family: str, target: Target) -> None:
     mask[1, :9] = 0
     logits, *states = run(graph, ids, mask)
     bare, *bare_states = run(graph, ids[1:, 9:], mask[1:, 9:])
-    assert off(logits[1:, 9:], torch.from_numpy(bare), mask[1:, 9:]).median() < 2e-6
+    assert off(logits[1:, 9:], torch.from_numpy(bare), mask[1:, 9:]).median() < 5e-6
     for state, other, kind in zip(states[::2], bare_states[::2], hybrid(family).config.layer_types, strict=True):
         if kind == "linear_attention":
             assert np.allclose(state[1:], other, atol=1e-5)
@@ -200,8 +211,10 @@ def test_a_half_precision_graph_keeps_recurrent_states_in_float32(target: Target
 
 @every_target
 def test_a_graph_is_small_whatever_the_length_and_passes_the_checker(target: Target) -> None:
-    small, large = (onnx.load(client("qwen3_5_text", target, layers=layers).path) for layers in (3, 6))
-    onnx.checker.check_model(small, full_check=True)
+    graphs = client("qwen3_5_text", target), client("qwen3_5_text", target, layers=6)
+    small, large = (onnx.load(graph.path) for graph in graphs)
+    if target == "portable":  # ONNX Runtime's own operators are not ONNX's
+        onnx.checker.check_model(small, full_check=True)
     domains = {"", "com.microsoft"} if target == "cpu" else {""}
     assert {opset.domain for opset in small.opset_import} == domains
     assert next(opset.version for opset in small.opset_import if not opset.domain) == 20
@@ -223,9 +236,13 @@ def test_leaving_puts_everything_back() -> None:
     places = [(modeling_qwen3_5, name) for name in (*RULES, CONVOLUTION)]
     places += [(LinearAttentionLayer, name) for name in ("update_conv_state", "update_recurrent_state")]
     before = [getattr(place, name) for place, name in places]
-    with contextlib.suppress(KeyError), traceable_linear_attention(hybrid("qwen3_5_text"), "cpu"):
-        assert not any(getattr(place, name) is old for (place, name), old in zip(places, before, strict=True))
-        raise KeyError
+    try:
+        with traceable_linear_attention(hybrid("qwen3_5_text"), "cpu"):
+            inside = [getattr(place, name) for place, name in places]
+            raise KeyError
+    except KeyError:
+        pass
+    assert not any(new is old for new, old in zip(inside, before, strict=True))
     assert all(getattr(place, name) is old for (place, name), old in zip(places, before, strict=True))
 
 

@@ -80,17 +80,18 @@ def test_only_the_kept_rows_of_the_candidates_are_normed_and_projected(keep: Any
     normed, projected, held = [], [], []
     model.model.norm.register_forward_pre_hook(lambda _, args: normed.append(tuple(args[0].shape)))
     model.lm_head.register_forward_pre_hook(lambda _, args: projected.append(tuple(args[0].shape)))
-    stack = torch.stack
+    cat = torch.cat
 
     def note(states: Any, *rest: Any, **options: Any) -> Tensor:
-        held.extend(state.untyped_storage().nbytes() for state in states)
-        return stack(states, *rest, **options)
+        if len(states) == LOOKBACK:  # the model puts other things together, two at a time
+            held.extend(state.untyped_storage().nbytes() for state in states)
+        return cat(states, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cdsurgery.head.torch, "stack", note)
+        patch.setattr(cdsurgery.anatomy.torch, "cat", note)
         out = model(ids, logits_to_keep=keep)
-    assert normed == [(2, 128, HIDDEN), (LOOKBACK, 2, rows, HIDDEN)]  # the model's own call, and ours
-    assert projected == [(2, rows, HIDDEN), (LOOKBACK, 2, rows, HIDDEN)]
+    assert normed == [(2, 128, HIDDEN), (LOOKBACK * 2, rows, HIDDEN)]  # the model's own call, and ours
+    assert projected == [(2, rows, HIDDEN), (LOOKBACK * 2, rows, HIDDEN)]
     assert held == [2 * rows * HIDDEN * 4] * LOOKBACK
     assert out.logits.shape == out.final_logits.shape == (2, rows, VOCABULARY)
 

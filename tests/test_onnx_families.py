@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,9 @@ from artifacts import LOOKBACK, Client, artifact, padded, wrapped
 from families import algorithm_1, token_ids
 from torch import Tensor
 
+from cdsurgery import ArtifactError, export
 from cdsurgery.export.report import scan_margin
+from cdsurgery.export.verify import _wider
 
 # fmt: off
 ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemma2", "gemma3_text", "gemma4_text",
@@ -37,27 +42,41 @@ SHAPES = [
 ]
 # In parts of the row's largest logit: float32 sums in another order.
 RELATIVE = 1e-5
+# Where PyTorch itself is farther than a third of that from float64, on the same texts, as much as three times as far:
+# the queries of linear attention may meet no key, and the norm after it blows up what is left.
+FACTOR = 3
 FIELDS = ("logits", "final_logits", "selected_layer", "entropy")
 
 
+@functools.cache
+def double(family: str) -> Any:
+    return _wider(wrapped(family))
+
+
 @torch.no_grad()
-def reference(family: str, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def reference(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """PyTorch on the whole text at once, without a cache, so that the graph's cache is tested too."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = wrapped(family)(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return {name: out[name] for name in FIELDS}
 
 
-def differing(found: dict[str, np.ndarray], truth: dict[str, Tensor]) -> int:
+def noise(found: dict[str, Tensor], truth: dict[str, Tensor], mask: Tensor) -> float:
+    """How far PyTorch's own final logits are from float64, at the real tokens."""
+    scale = truth["final_logits"].abs().amax(-1, keepdim=True)
+    return float(((found["final_logits"] - truth["final_logits"]) / scale)[mask.bool()].abs().max())
+
+
+def unclear_rows(found: dict[str, np.ndarray], truth: dict[str, Tensor], allowed: float) -> int:
     """Hold last rows `[B, ...]` against PyTorch's; return how many scans were too close to call."""
     ours = {name: torch.from_numpy(found[name][:, -1]) for name in FIELDS}
     scale = truth["final_logits"].abs().amax(-1, keepdim=True)
     nats = (ours["entropy"] - truth["entropy"]).abs()
-    assert (nats / scale.clamp(min=1)).max() < RELATIVE
-    assert ((ours["final_logits"] - truth["final_logits"]) / scale).abs().max() < RELATIVE
+    assert (nats / scale.clamp(min=1)).max() < allowed
+    assert ((ours["final_logits"] - truth["final_logits"]) / scale).abs().max() < allowed
     clear = scan_margin(truth["entropy"]) > 2 * nats.amax(-1)
     assert torch.equal(ours["selected_layer"][clear], truth["selected_layer"][clear])
-    assert ((ours["logits"] - truth["logits"]) / scale)[clear].abs().amax() < RELATIVE
+    assert ((ours["logits"] - truth["logits"]) / scale)[clear].abs().amax() < allowed
     return int((~clear).sum())
 
 
@@ -71,12 +90,14 @@ def test_every_shape_padding_and_continuation_equals_pytorch(family: str) -> Non
             total = prompt + sum(chunks)
             ids = token_ids(batch, total, seed)
             mask = torch.cat([padded(batch, prompt, side), torch.ones(batch, total - prompt, dtype=torch.int64)], dim=1)
-            truth = reference(family, ids, mask)
+            truth = reference(wrapped(family), ids, mask)
+            allowed = max(RELATIVE, FACTOR * noise(truth, reference(double(family), ids, mask), mask))
             past, start = None, 0
             for end in np.cumsum([prompt, *chunks]).tolist():
                 past = client(ids[:, start:end], mask[:, :end], past)
                 last = [max(t for t in range(start, end) if row[t]) for row in mask.tolist()]
-                unclear += differing(past, {name: value[range(batch), last] for name, value in truth.items()})
+                rows_truth = {name: value[range(batch), last] for name, value in truth.items()}
+                unclear += unclear_rows(past, rows_truth, allowed)
                 rows, start = rows + batch, end
     assert unclear < 0.05 * rows
 
@@ -85,12 +106,14 @@ def test_every_shape_padding_and_continuation_equals_pytorch(family: str) -> Non
 def test_each_row_equals_the_row_alone(family: str) -> None:
     client = Client(artifact(family))
     ids, mask = token_ids(4, 10), padded(4, 10, "left")
+    truth = reference(wrapped(family), ids, mask)
+    allowed = max(RELATIVE, FACTOR * noise(truth, reference(double(family), ids, mask), mask))
     together = client(ids, mask)
     for row in range(4):
         alone = client(ids[row : row + 1, row:], mask[row : row + 1, row:])
         scale = np.abs(alone["final_logits"]).max()
         for name in ("logits", "final_logits", "entropy"):
-            assert np.abs(together[name][row] - alone[name][0]).max() < RELATIVE * max(scale, 1)
+            assert np.abs(together[name][row] - alone[name][0]).max() < allowed * max(scale, 1)
         assert together["selected_layer"][row] == alone["selected_layer"][0]
 
 
@@ -137,10 +160,13 @@ def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
         truth = exact(ids, attention_mask=mask).final_logits[:, -1]
     error, theirs_error = ((z - truth).abs().mean() for z in (ours, theirs))
     assert error < 1.5 * theirs_error
-    # The entropies are float32's: of the logits that the graph returned, not rounded to half.
-    log_p = torch.from_numpy(found["final_logits"][:, -1]).double().log_softmax(-1)
+    # The entropies are float32's, of the logits before or after they were rounded to half: where ONNX Runtime's CPU
+    # computes half in float32 it spares itself the two casts between. One rounding of a logit is 2^-11 of it.
+    final = torch.from_numpy(found["final_logits"][:, -1]).double()
+    log_p = final.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    assert (torch.from_numpy(found["entropy"][:, -1, 0]) - entropy).abs().max() < 1e-5
+    off = (torch.from_numpy(found["entropy"][:, -1, 0]) - entropy).abs()
+    assert (off < final.abs().amax(-1) * 2**-11).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
@@ -150,14 +176,28 @@ def test_bfloat16_weights_are_kept_and_computed_in_float32(family: str) -> None:
     size = {kind: sum(np.prod(w.dims) for w in stored if w.data_type == kind) for kind in {w.data_type for w in stored}}
     assert size[onnx.TensorProto.BFLOAT16] > 0.95 * sum(size.values())
     found = Client(folder)(ids := token_ids(8, 12), mask := torch.ones(8, 12, dtype=torch.int64))
-    with torch.no_grad():
-        exact = _float(family, torch.bfloat16)(ids, attention_mask=mask)
-    scale = exact.final_logits.abs().max()
-    assert np.abs(found["final_logits"][:, -1] - exact.final_logits[:, -1].numpy()).max() < RELATIVE * scale
+    model = _float(family, torch.bfloat16)
+    truth = reference(model, ids, mask)
+    allowed = max(RELATIVE, FACTOR * noise(truth, reference(_wider(model), ids, mask), mask))
+    assert unclear_rows(found, {name: value[:, -1] for name, value in truth.items()}, allowed) == 0
 
 
 def _float(family: str, dtype: torch.dtype) -> Any:
     """The weights of the half-precision model in float32."""
-    import copy
-
     return copy.deepcopy(wrapped(family, dtype)).float()
+
+
+def test_a_bfloat16_graph_for_another_runtime_is_written_unverified_and_says_so(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU has no bfloat16 kernels; TensorRT, for which such a graph is made, is not here."""
+    model = wrapped("llama", torch.bfloat16)
+    folder = export.to_onnx(model, tmp_path / "artifact", parity=False)
+    assert json.loads((folder / "cdsurgery.json").read_text())["parity"] is None
+    graph = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    size = sum(np.prod(w.dims) for w in graph.graph.initializer if w.data_type == onnx.TensorProto.BFLOAT16)
+    assert size >= sum(parameter.numel() for parameter in model.parameters())
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.graph.output}
+    assert kinds["present.0.key"] == onnx.TensorProto.BFLOAT16
+    assert kinds["logits"] == kinds["entropy"] == onnx.TensorProto.FLOAT
+    with pytest.raises(ArtifactError, match="Could not find an implementation"):
+        export.load(folder)

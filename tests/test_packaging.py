@@ -43,6 +43,7 @@ PUBLIC = [
     "ConfidentOutput",
     "InvalidInputError",
     "SurgeryError",
+    "Transform",
     "UnsupportedModelError",
     "unwrap",
     "wrap",

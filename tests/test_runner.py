@@ -129,8 +129,8 @@ def test_what_asks_for_nothing_is_not_refused(runner: OnnxRunner) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda pairs: pairs[:3], "holds 6 keys and values; those of this artifact are 8"),
-        (lambda pairs: [*pairs, pairs[0]], "holds 10 keys and values; those of this artifact are 8"),
+        (lambda pairs: pairs[:3], "holds 6 tensors; the cache of this artifact has 8"),
+        (lambda pairs: [*pairs, pairs[0]], "holds 10 tensors; the cache of this artifact has 8"),
         (lambda pairs: [(k.half(), v.half()) for k, v in pairs], r"torch\.float16.* torch\.float32"),
         (lambda pairs: [(k[:, :1], v[:, :1]) for k, v in pairs], r"\[2, 1, 5, 16\] .*must be \[2, 2, 5, 16\]"),
         (lambda pairs: [(k[:1], v[:1]) for k, v in pairs], r"\[1, 2, 5, 16\] .*must be \[2, 2, 5, 16\]"),

@@ -138,10 +138,20 @@ def test_a_missing_input_is_named(runner: OnnxRunner) -> None:
         runner.session.run(tensors)
 
 
-def test_a_provider_may_come_with_options() -> None:
+def test_a_provider_may_come_with_options_which_onnx_runtime_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    open_session = onnxruntime.InferenceSession
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        given.append(options["providers"])
+        return open_session(*arguments, **options)
+
     ids = token_ids(1, 5)
+    plain = export.load(artifact("llama"))(ids).logits
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     runner = export.load(artifact("llama"), providers=[("CPUExecutionProvider", {"use_arena": 0})])
-    assert torch.equal(runner(ids).logits, export.load(artifact("llama"))(ids).logits)
+    assert given == [[("CPUExecutionProvider", {"use_arena": 0})]]
+    assert torch.equal(runner(ids).logits, plain)
 
 
 @pytest.mark.parametrize(

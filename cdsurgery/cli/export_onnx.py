@@ -28,9 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the folder to make")
     parser.add_argument(
         "--positions",
-        choices=("last", "all"),
+        choices=("last", "all", "score"),
         default="last",
-        help="logits for the last token only, as decoding needs (default), or for all, as scoring does",
+        help="logits for the last token only, as decoding needs (default), or for all; or log-probabilities of given "
+        "tokens, which takes the least memory",
+    )
+    parser.add_argument(
+        "--target",
+        choices=("portable", "cpu", "cuda"),
+        default="portable",
+        help="standard operators (default), or the faster ones of a provider of ONNX Runtime",
+    )
+    parser.add_argument(
+        "--upcast", action="store_true", help="keep half-precision weights as they are and compute in float32"
+    )
+    parser.add_argument(
+        "--no-parity",
+        action="store_true",
+        help="do not run the artifact against the model: for graphs that cannot run on this machine",
     )
     parser.add_argument(
         "--quantize",
@@ -59,14 +74,16 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             options.folder,
             tokenizer=tokenizer,
             positions=options.positions,
+            target=options.target,
+            upcast=options.upcast,
+            parity=not options.no_parity,
             quantization=options.quantize,
             quantize_head=not options.keep_head,
         )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
     not_for = export.manifest.read_manifest(folder).not_for
-    screen.result(
-        {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}, _table(sizes)
-    )
+    document = {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}
+    screen.result(document, file_table(sizes))
     for client, reason in not_for.items():
         screen.err.print(f"Not for {client}: {reason}", markup=False)
     screen.err.print(f"Check it: cdsurgery verify {options.folder} --against {options.model}", style="dim")
@@ -79,7 +96,8 @@ def check_free(folder: str) -> None:
         raise InvalidInputError(f"{folder} exists already. Give a folder that does not exist; nothing is overwritten.")
 
 
-def _table(sizes: dict[str, int]) -> Table:
+def file_table(sizes: dict[str, int]) -> Table:
+    """The files of an artifact with their sizes in bytes."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

@@ -40,12 +40,12 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
 
 def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
     """The anatomy of a wrapped model as JSON takes it."""
-    from cdsurgery.anatomy import transform_value
+    from cdsurgery.anatomy import layer_types
 
     plain: Any = model
     anatomy, confident = model.anatomy, model.confident
     head = model.get_submodule(anatomy.unembedding)
-    weight: Any = head.weight
+    weight = next(head.parameters())
     return {
         "model_type": plain.config.model_type,
         "class": type(model).__name__,
@@ -54,9 +54,9 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
         "layers": {
             "count": len(anatomy.layers),
             "paths": list(anatomy.layers),
-            "types": _layer_types(model),
+            "types": layer_types(plain, anatomy),
         },
-        "tail": [{"path": path, "class": type(model.get_submodule(path)).__name__} for path in anatomy.tail],
+        "tail": [{"path": path, "class": type(model.get_submodule(path)).__name__} for path in anatomy.modules],
         "unembedding": {
             "path": anatomy.unembedding,
             "shape": list(weight.shape),
@@ -67,7 +67,7 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
             {
                 "name": transform.name,
                 "option": transform.option,
-                "value": transform_value(plain, transform),
+                "value": _printable(transform.value(plain)),
                 "source": transform.source,
             }
             for transform in anatomy.transforms
@@ -82,13 +82,9 @@ def anatomy_document(model: ConfidentHead) -> dict[str, Any]:
     }
 
 
-def _layer_types(model: ConfidentHead) -> list[str]:
-    """What kind each layer is: as the config says, or the layers' class names where it does not."""
-    config: Any = model.config
-    declared = getattr(config.get_text_config(), "layer_types", None)
-    if declared and len(declared) == len(model.anatomy.layers):
-        return list(declared)
-    return [type(model.get_submodule(path)).__name__ for path in model.anatomy.layers]
+def _printable(value: Any) -> int | float | str:
+    """The value of a transform as JSON takes it: a number as it is, a dtype or a part of the model by its name."""
+    return value if isinstance(value, (int, float)) else str(value).partition("(")[0]
 
 
 def _table(document: dict[str, Any]) -> Table:

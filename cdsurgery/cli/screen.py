@@ -45,7 +45,7 @@ class Screen:
             print(json.dumps(_finite(document), indent=2, allow_nan=False), file=sys.stdout)
             return
         for part in text:
-            self.out.print(part)
+            self.out.print(part, soft_wrap=isinstance(part, str))  # a text has its lines already
 
     def error(self, error: SurgeryError) -> None:
         """Print what went wrong on one line; with `--json`, also as the document on stdout."""

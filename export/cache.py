@@ -83,8 +83,8 @@ def build_cache(names: Sequence[str], tensors: Iterable[Tensor]) -> DynamicCache
 
 
 def _parsed(name: str) -> tuple[int, str]:
-    """ "past_key_values.3.key" -> (3, "key")."""
-    match = re.fullmatch(r"past(?:_key_values)?\.(\d+)\.(\w+)", name)
+    """ "past_key_values.3.key" -> (3, "key"), and so do the names that other exporters give, ".3.keys" among them."""
+    match = re.search(r"(\d+)\W(\w+?)s?$", name)
     assert match is not None, name
     return int(match[1]), match[2]
 
