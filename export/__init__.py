@@ -8,8 +8,9 @@
     print(export.verify("artifact/", model))      # parity with PyTorch, row by row
 
 Where to look: `options` (what can be asked for), `signature` (the names and shapes that everything else follows),
-`onnx` (from a model to a folder), and the rooms: `graph` (what is traced, and what is done to it), `artifact` (the files
-of the folder), `runtime` (running it), `parity` (comparing it with the model), `graft` (the same for a foreign file).
+`onnx` (from a model to a folder), and the rooms: `graph` (what is traced, and what is done to it), `artifact` (the
+files of the folder), `runtime` (running it), `parity` (comparing it with the model), `graft` (the same for a foreign
+file).
 """
 
 from importlib.util import find_spec
