@@ -7,9 +7,10 @@
     runner = export.load("artifact/")             # ONNX Runtime: same call, same fields, .generate()
     print(export.verify("artifact/", model))      # parity with PyTorch, row by row
 
-Where to look: `signature` (the names and shapes that everything else follows), `graph` (what is traced), `onnx` (how it
-becomes a file), `graft` (how a foreign file becomes an artifact), `manifest` (what is written about it), `clients`
-(what others read of it), `runner` (how it runs), `session` (on which device), `verify` (whether it is the same).
+Where to look: `options` (what can be asked for), `signature` (the names and shapes that everything else follows),
+`onnx` (from a model to a folder), and the rooms: `graph` (what is traced, and what is done to it), `artifact` (the
+files of the folder), `runtime` (running it), `parity` (comparing it with the model), `graft` (the same for a foreign
+file).
 """
 
 from importlib.util import find_spec
@@ -22,9 +23,9 @@ if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_sp
 
 from cdsurgery.export.graft import graft as graft
 from cdsurgery.export.onnx import to_onnx as to_onnx
-from cdsurgery.export.report import Report as Report
-from cdsurgery.export.runner import OnnxRunner as OnnxRunner
-from cdsurgery.export.runner import load as load
-from cdsurgery.export.verify import verify as verify
+from cdsurgery.export.parity.report import Report as Report
+from cdsurgery.export.parity.verify import verify as verify
+from cdsurgery.export.runtime.runner import OnnxRunner as OnnxRunner
+from cdsurgery.export.runtime.runner import load as load
 
 __all__ = ["OnnxRunner", "Report", "graft", "load", "to_onnx", "verify"]

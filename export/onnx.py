@@ -27,19 +27,19 @@ from transformers.exporters.exporter_onnx import OnnxExporter, use_experts_imple
 from transformers.utils import logging as transformers_logging
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
-from cdsurgery.export.clients import GRAPH_FILE, write_client_files
-from cdsurgery.export.delta_rule import expand_delta_rule
-from cdsurgery.export.graph import DecoderGraph, sample_inputs
-from cdsurgery.export.linear_attention import traceable_linear_attention
-from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
+from cdsurgery.export.artifact.clients import GRAPH_FILE, write_client_files
+from cdsurgery.export.artifact.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
+from cdsurgery.export.artifact.staging import staged_folder
+from cdsurgery.export.graph.decoder import DecoderGraph, sample_inputs
+from cdsurgery.export.graph.delta_rule import expand_delta_rule
+from cdsurgery.export.graph.linear_attention import traceable_linear_attention
+from cdsurgery.export.graph.precision import computing_model, narrow_weights_, providers_for
+from cdsurgery.export.graph.quantization import Scheme, quantizable, quantize
+from cdsurgery.export.graph.weights import multiply_in_place, name_weights
 from cdsurgery.export.options import GraphOptions, Positions, Target
-from cdsurgery.export.precision import computing_model, narrow_weights_, providers_for
-from cdsurgery.export.quantization import Scheme, quantizable, quantize
-from cdsurgery.export.runner import OnnxRunner
+from cdsurgery.export.parity.verify import verify
+from cdsurgery.export.runtime.runner import OnnxRunner
 from cdsurgery.export.signature import Signature, TensorSpec, decoder_signature
-from cdsurgery.export.staging import staged_folder
-from cdsurgery.export.verify import verify
-from cdsurgery.export.weights import multiply_in_place, name_weights
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cdsurgery.errors import InvalidInputError, UnsupportedModelError
-from cdsurgery.export.cache import PARTS, cache_states
-from cdsurgery.export.linear_attention import check_linear_attention
+from cdsurgery.export.graph.cache import PARTS, cache_states
+from cdsurgery.export.graph.linear_attention import check_linear_attention
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.probe import at_rest, probe_inputs
 
@@ -73,7 +73,7 @@ def decoder_signature(model: Any, options: GraphOptions) -> Signature:
 
     Raises:
         InvalidInputError: the model is wrapped with probability=0.
-        UnsupportedModelError: a layer keeps another state than what `export.cache` knows.
+        UnsupportedModelError: a layer keeps another state than what `export.graph.cache` knows.
     """
     if model.confident.probability == 0:
         raise InvalidInputError(

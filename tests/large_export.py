@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import cdsurgery
 from cdsurgery import export
-from cdsurgery.export.runner import OnnxRunner
+from cdsurgery.export.runtime.runner import OnnxRunner
 
 LIMIT = 1.5
 FIELDS = ("RssAnon", "RssFile", "VmHWM")

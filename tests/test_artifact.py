@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 import cdsurgery
 from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError, export
 from cdsurgery.export import onnx as onnx_module
+from cdsurgery.export.artifact.clients import write_client_files
+from cdsurgery.export.artifact.manifest import read_manifest
 
 
 @pytest.fixture
@@ -57,8 +59,8 @@ def test_tokenizer_files_name_a_class_that_transformers_4_knows(tmp_path: Path) 
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    signature = export.manifest.read_manifest(artifact("llama")).signature
-    export.clients.write_client_files(tmp_path, wrapped("llama"), signature, tokenizer)
+    signature = read_manifest(artifact("llama")).signature
+    write_client_files(tmp_path, wrapped("llama"), signature, tokenizer)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]

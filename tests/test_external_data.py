@@ -1,4 +1,4 @@
-"""`export/external_data.py`: weights are plain files beside the graph, whatever graph and manifest say."""
+"""`export/artifact/external_data.py`: weights are plain files beside the graph, whatever graph and manifest say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from families import token_ids
 from onnx import TensorProto, helper
 
 from cdsurgery import ArtifactError, export
-from cdsurgery.export.manifest import describe_files
+from cdsurgery.export.artifact.manifest import describe_files
 
 DATA = "model.onnx.data"
 

@@ -17,10 +17,11 @@ from artifacts import EXPORTED, Client, artifact, wrapped
 from families import token_ids
 from transformers import DynamicCache, GenerationConfig
 
-from cdsurgery import UnsupportedModelError, export
+from cdsurgery import UnsupportedModelError
 from cdsurgery.cli.main import main
-from cdsurgery.export.clients import GENAI, GENAI_TYPES, genai_config
-from cdsurgery.export.manifest import read_manifest
+from cdsurgery.export.artifact import clients
+from cdsurgery.export.artifact.clients import GENAI, GENAI_TYPES, genai_config
+from cdsurgery.export.artifact.manifest import read_manifest
 from cdsurgery.export.signature import Signature, TensorSpec
 
 NEW, PAD, END = 24, 0, 2
@@ -179,7 +180,7 @@ def test_what_genai_cannot_run_gets_no_config_and_the_reason_is_returned(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         genai_config(wrapped("llama"), signature())
-    not_for = export.clients.write_client_files(tmp_path, wrapped("llama"), signature(), None)
+    not_for = clients.write_client_files(tmp_path, wrapped("llama"), signature(), None)
     assert list(not_for) == [GENAI]
     assert not (tmp_path / "genai_config.json").exists()
     assert (tmp_path / "config.json").exists()
@@ -201,7 +202,7 @@ def test_the_command_and_the_manifest_say_for_whom_an_artifact_is_not(
     def refuse(*_: Any) -> Any:
         raise UnsupportedModelError("it keeps [states] of its own.")
 
-    monkeypatch.setattr(export.clients, "genai_config", refuse)
+    monkeypatch.setattr(clients, "genai_config", refuse)
     assert main(["export", "onnx", str(folder), str(tmp_path / "artifact"), "--json"]) == 0
     printed = capsys.readouterr()
     not_for = {GENAI: "it keeps [states] of its own."}

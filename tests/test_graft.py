@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from cdsurgery import export
+from cdsurgery.export.artifact.manifest import read_manifest
 from cdsurgery.export.graft import decoder
-from cdsurgery.export.manifest import read_manifest
 
 LAYERS = 4
 # (batch, prompt, continuation); several rows continue by one token, as GroupQueryAttention knows no other way.

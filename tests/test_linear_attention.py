@@ -29,9 +29,9 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from cdsurgery.export.cache import build_cache
-from cdsurgery.export.delta_rule import expand_delta_rule
-from cdsurgery.export.linear_attention import CONVOLUTION, RULES, traceable_linear_attention
+from cdsurgery.export.graph.cache import build_cache
+from cdsurgery.export.graph.delta_rule import expand_delta_rule
+from cdsurgery.export.graph.linear_attention import CONVOLUTION, RULES, traceable_linear_attention
 from cdsurgery.export.onnx import _quiet
 from cdsurgery.export.options import Target
 

@@ -17,8 +17,8 @@ from families import algorithm_1, token_ids
 from torch import Tensor
 
 from cdsurgery import ArtifactError, export
-from cdsurgery.export.report import scan_margin
-from cdsurgery.export.verify import _wider
+from cdsurgery.export.parity.report import scan_margin
+from cdsurgery.export.parity.verify import _wider
 
 # fmt: off
 ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemma2", "gemma3_text", "gemma4_text",

@@ -24,8 +24,8 @@ import cdsurgery
 from cdsurgery import ArtifactError, InvalidInputError, export
 from cdsurgery.cli.main import main
 from cdsurgery.entropy import entropy
-from cdsurgery.export.manifest import read_manifest
-from cdsurgery.export.noise import NoiseReport
+from cdsurgery.export.artifact.manifest import read_manifest
+from cdsurgery.export.parity.noise import NoiseReport
 
 LAYERS, LOOKBACK, RELATIVE = 4, 2, 1e-5
 

@@ -1,4 +1,4 @@
-"""`export/session.py`: the values of a plain ONNX Runtime run, no copy of the cache, and the providers asked for."""
+"""A session: the values of a plain ONNX Runtime run, no copy of the cache, and the providers asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cdsurgery import ArtifactError, InvalidInputError, export
 from cdsurgery.export import OnnxRunner
-from cdsurgery.export.session import Session
+from cdsurgery.export.runtime.session import Session
 
 CUDA = "CUDAExecutionProvider"
 

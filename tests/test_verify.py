@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import cdsurgery
 from cdsurgery import InvalidInputError, export
-from cdsurgery.export.report import TOLERANCES, Report, scan_margin
+from cdsurgery.export.parity.report import TOLERANCES, Report, scan_margin
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
         silence_transformers()
         wrapping = {name: getattr(config, name) for name in NAMES}
         folder = export.graft(options.model, options.folder, positions=options.positions, **wrapping)
-        from cdsurgery.export.manifest import read_manifest
+        from cdsurgery.export.artifact.manifest import read_manifest
 
         made = read_manifest(folder)
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}

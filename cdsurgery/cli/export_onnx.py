@@ -81,7 +81,9 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             quantize_head=not options.keep_head,
         )
     sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-    not_for = export.manifest.read_manifest(folder).not_for
+    from cdsurgery.export.artifact.manifest import read_manifest
+
+    not_for = read_manifest(folder).not_for
     document = {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}
     screen.result(document, file_table(sizes))
     for client, reason in not_for.items():

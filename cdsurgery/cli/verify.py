@@ -25,7 +25,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     """Wrap the model as the manifest says, compare, print the report."""
     with screen.stage(f"Reading {options.artifact}"):
         export = import_export()
-        from cdsurgery.export.manifest import read_manifest
+        from cdsurgery.export.artifact.manifest import read_manifest
 
         made = read_manifest(options.artifact)
     model = wrap(load(options.against, screen), made.confident, screen)

@@ -20,13 +20,13 @@ import onnx_ir
 
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
 from cdsurgery.errors import InvalidInputError
-from cdsurgery.export.clients import GRAPH_FILE
+from cdsurgery.export.artifact.clients import GRAPH_FILE
+from cdsurgery.export.artifact.manifest import Manifest, describe_files
+from cdsurgery.export.artifact.staging import staged_folder
 from cdsurgery.export.graft.companions import write_companions
 from cdsurgery.export.graft.decoder import ForeignDecoder
 from cdsurgery.export.graft.proof import Runs, open_session, prove
-from cdsurgery.export.manifest import Manifest, describe_files
 from cdsurgery.export.options import Positions
-from cdsurgery.export.staging import staged_folder
 
 __all__ = ["graft"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from cdsurgery.errors import InvalidInputError
-from cdsurgery.export.clients import GRAPH_FILE
+from cdsurgery.export.artifact.clients import GRAPH_FILE
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 _COPIED = (

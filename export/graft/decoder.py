@@ -10,6 +10,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from cdsurgery.config import ConfidentConfig
+from cdsurgery.export.artifact.manifest import SCHEMA_VERSION, Manifest, maker_versions
 from cdsurgery.export.graft.companions import Facts, read_config, read_facts
 from cdsurgery.export.graft.contract import Contract, read_contract
 from cdsurgery.export.graft.flow import Flow, refuse
@@ -17,7 +18,6 @@ from cdsurgery.export.graft.head import OLDEST_OPSET, PREFIX, GraftedHead, join_
 from cdsurgery.export.graft.residual import find_states
 from cdsurgery.export.graft.source import open_model
 from cdsurgery.export.graft.tail import Tail, find_tail
-from cdsurgery.export.manifest import SCHEMA_VERSION, Manifest, maker_versions
 from cdsurgery.export.options import GraphOptions, Positions
 from cdsurgery.export.signature import BATCH, SEQUENCE
 

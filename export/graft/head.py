@@ -20,7 +20,7 @@ from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.export.graft.flow import Flow
 from cdsurgery.export.graft.tail import Tail
-from cdsurgery.export.graph import kept_rows
+from cdsurgery.export.graph.decoder import kept_rows
 from cdsurgery.export.onnx import _quiet
 from cdsurgery.export.options import Positions
 from cdsurgery.trough import select

@@ -23,8 +23,8 @@ import torch
 
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import ArtifactError, UnsupportedModelError
-from cdsurgery.export.manifest import Manifest
-from cdsurgery.export.report import TOLERANCES
+from cdsurgery.export.artifact.manifest import Manifest
+from cdsurgery.export.parity.report import TOLERANCES
 from cdsurgery.export.signature import BATCH, PAST, TensorSpec
 from cdsurgery.trough import trough_depth
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.errors import ArtifactError
-from cdsurgery.export.clients import GRAPH_FILE
+from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.signature import Signature, TensorSpec
 

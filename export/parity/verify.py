@@ -22,12 +22,12 @@ from transformers import DynamicCache
 
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
-from cdsurgery.export.dequantization import borrowed_weights
-from cdsurgery.export.noise import NoiseReport, rounding_noise
-from cdsurgery.export.precision import computing_model
-from cdsurgery.export.report import TOLERANCES, Report, logit_scale, scan_margin
-from cdsurgery.export.routing import RoutingMargins
-from cdsurgery.export.runner import OnnxRunner, load
+from cdsurgery.export.graph.precision import computing_model
+from cdsurgery.export.parity.dequantization import borrowed_weights
+from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
+from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale, scan_margin
+from cdsurgery.export.parity.routing import RoutingMargins
+from cdsurgery.export.runtime.runner import OnnxRunner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 

@@ -28,8 +28,8 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from onnx_ir.tape import Tape
 
 from cdsurgery.errors import InvalidInputError
+from cdsurgery.export.graph.weights import array, replace_node
 from cdsurgery.export.options import GraphOptions
-from cdsurgery.export.weights import array, replace_node
 
 Scheme = Literal["int8", "int4"]
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transformers.exporters.utils import patch_attributes
 
 from cdsurgery.errors import UnsupportedModelError
-from cdsurgery.export.delta_rule import DOMAIN, NAME
+from cdsurgery.export.graph.delta_rule import DOMAIN, NAME
 from cdsurgery.export.options import Target
 
 # The names that qwen3_5, qwen3_5_moe, qwen3_next and olmo_hybrid have for them in transformers 5.23:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cdsurgery.errors import ArtifactError
-from cdsurgery.export.clients import GRAPH_FILE
+from cdsurgery.export.artifact.clients import GRAPH_FILE
 
 Array = np.ndarray[Any, Any]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cdsurgery.anatomy import tail_logits
 from cdsurgery.draw import allowed_rows
 from cdsurgery.entropy import MEASURES
-from cdsurgery.export.cache import build_cache, cache_states
+from cdsurgery.export.graph.cache import build_cache, cache_states
 from cdsurgery.export.options import GraphOptions, Positions
 from cdsurgery.export.signature import Signature, empty_past, torch_dtype
 from cdsurgery.taps import Taps

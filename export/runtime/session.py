@@ -17,7 +17,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
-from cdsurgery.export.external_data import check_external_data
+from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.signature import PAST, SEQUENCE, TOTAL, Signature
 
 # As ONNX Runtime takes them: a name, or a name with options, for example {"device_id": 1}.

@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
-from cdsurgery.export.cache import build_cache, cache_states
-from cdsurgery.export.clients import GRAPH_FILE
-from cdsurgery.export.inputs import check_options, check_targets, decoder_inputs
-from cdsurgery.export.manifest import Manifest, check_files, read_manifest
-from cdsurgery.export.session import Provider, Session
+from cdsurgery.export.artifact.clients import GRAPH_FILE
+from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
+from cdsurgery.export.graph.cache import build_cache, cache_states
+from cdsurgery.export.runtime.inputs import check_options, check_targets, decoder_inputs
+from cdsurgery.export.runtime.session import Provider, Session
 from cdsurgery.export.signature import empty_past, torch_dtype
 from cdsurgery.output import ConfidentOutput
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdsurgery.export.report import logit_scale
+from cdsurgery.export.parity.report import logit_scale
 from cdsurgery.trough import trough_depth
 
 # Noise of the same kind, on other rows: tiny models of 4 to 16 layers were measured at 0.7 to 1.1 of what is expected.

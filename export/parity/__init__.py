@@ -1,0 +1,1 @@
+"""Whether an artifact says what the model says, and how far the two are apart."""

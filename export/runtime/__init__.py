@@ -1,0 +1,1 @@
+"""An artifact in ONNX Runtime, behind the interface of a transformers model."""
