@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 
 # A file is one worker's, since what takes long, exporting a model, is done once a file.
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 30
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 clients: $(VENV)/ready .venv-optimum/ready
 	$(BIN)/python -m pytest tests/test_optimum.py

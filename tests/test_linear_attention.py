@@ -38,7 +38,7 @@ from cdsurgery.export.options import Target
 TARGETS: tuple[Target, ...] = ("cpu", "portable")
 LENGTHS = (1, 7, 64, 65, 130, 1000)
 PROMPT = 5
-KEY_HEADS, VALUE_HEADS, SIZE = 2, 4, 16
+KEY_HEADS, VALUE_HEADS, SIZE = 2, 6, 16  # three heads of values for each of keys: 2 by 2 would hide an exchange
 every_target = pytest.mark.parametrize("target", TARGETS)
 every_family = pytest.mark.parametrize("family", HYBRIDS)
 
