@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 
 import cdsurgery
 from cdsurgery import export
-from cdsurgery.zoo import tiny_model
+from cdsurgery.zoo import tiny_config, tiny_model
 
 # fmt: off
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemma2", "gemma3_text", "gemma4_text",
@@ -44,7 +45,9 @@ COLUMNS = (
 
 def row(family: str, layers: int | None, dtype: torch.dtype, target: str, folder: Path) -> list[str]:
     """Export one model and read what its manifest says."""
-    depth = {} if layers is None else {"num_hidden_layers": layers}
+    depth: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
+    if layers is not None and (kinds := getattr(tiny_config(family), "layer_types", None)):
+        depth["layer_types"] = [kinds[index % len(kinds)] for index in range(layers)]
     model = cdsurgery.wrap(tiny_model(family, dtype, **depth), lookback=2)
     start = time.perf_counter()
     export.to_onnx(model, folder, target=target)
