@@ -32,8 +32,9 @@ TOLERANCES = {
 # Two runtimes that round alike are each as far from the exact result, so at most twice that from one another; half as
 # much again is for the luck of the one that was measured.
 NOISE_FACTOR = 3
-# Beyond this, rounding decides what such a model says, and nothing can be shown of a graph by comparing it.
-LARGEST_WIDENING = 30
+# Beyond 30 times the tolerance and a hundredth of the largest logit, rounding decides what such a model says, and
+# nothing can be shown of a graph by comparing it. (A random hybrid of 40 layers is 1.5e-3 from itself in float64.)
+LARGEST_WIDENING, LARGEST_SHARE = 30, 1e-2
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Report:
         tolerance: what is allowed.
         noise: how far PyTorch itself is from the same model in a wider dtype, on the same rows; measured only where a
             difference is above the tolerance. A model that amplifies rounding is allowed NOISE_FACTOR times as
-            much, and LARGEST_WIDENING times the tolerance at most.
+            much, within limits.
         depth: L, the layers of the model.
         rows: rows compared; excluded: those of them too close to call; rerouted: those of them far apart because a
             router came closer to other experts than the runtimes agree.
@@ -82,8 +83,8 @@ class Report:
         logits = NOISE_FACTOR * max(noise.final_logits, noise.logits)
         entropy = NOISE_FACTOR * noise.entropy
         return Tolerance(
-            min(max(t.logits, logits), LARGEST_WIDENING * t.logits),
-            min(max(t.entropy, entropy), LARGEST_WIDENING * t.entropy),
+            min(max(t.logits, logits), max(LARGEST_WIDENING * t.logits, LARGEST_SHARE)),
+            min(max(t.entropy, entropy), max(LARGEST_WIDENING * t.entropy, LARGEST_SHARE)),
         )
 
     @property
