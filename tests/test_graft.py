@@ -263,17 +263,26 @@ def test_a_factor_of_each_layer_belongs_to_its_state(tmp_path: Path) -> None:
 
 
 def test_a_bias_that_the_final_norm_adds_is_the_last_layers_only(tmp_path: Path) -> None:
-    """ONNX Runtime's optimiser moves a projection's bias into the norm that follows it."""
+    """ONNX Runtime's optimiser moves a projection's bias into the norm that follows it.
+
+    An epsilon that matters shows a state that is added to itself: a norm takes out every factor but that against it.
+    """
+
+    def large_epsilon(graph: Any) -> Any:
+        (norm,) = [node for node in graph.node if "final_norm" in node.name]
+        norm.attribute[0].f = 1.0
+        return norm
 
     def add_bias(graph: Any) -> None:
-        (norm,) = [node for node in graph.node if "final_norm" in node.name]
-        norm.input.append("bias")
+        large_epsilon(graph).input.append("bias")
         graph.initializer.append(helper.make_tensor("bias", TensorProto.FLOAT, (32,), np.linspace(-3, 3, 32)))
 
-    path = edited("genai-llama", tmp_path / "genai-bias", add_bias)
-    place = export.graft(path, tmp_path / "genai-artifact", lookback=LOOKBACK, positions="all")
+    paths = [edited("genai-llama", tmp_path / f"genai-{c.__name__}", c) for c in (large_epsilon, add_bias)]
+    places = [
+        export.graft(path, tmp_path / f"genai-{i}", lookback=LOOKBACK, positions="all") for i, path in enumerate(paths)
+    ]
     ids, mask = tokens(2, 12), ones(2, 12)
-    found, plain = Client(place / "model.onnx")(ids, mask), Client(grafted("genai-llama") / "model.onnx")(ids, mask)
-    assert np.array_equal(found["final_logits"], Client(path)(ids, mask)["logits"])
+    plain, found = (Client(place / "model.onnx")(ids, mask) for place in places)
+    assert np.array_equal(found["final_logits"], Client(paths[1])(ids, mask)["logits"])
     assert np.array_equal(found["entropy"][..., 1:], plain["entropy"][..., 1:])
     assert not np.allclose(found["entropy"][..., 0], plain["entropy"][..., 0], atol=0.1)
