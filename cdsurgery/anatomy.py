@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,9 @@ class Anatomy:
         return " -> ".join(step if isinstance(step, str) else f"({step.name})" for step in self.tail)
 
 
-def tail_logits(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tensor:
+def tail_logits(
+    model: PreTrainedModel, anatomy: Anatomy, state: Tensor, unembed: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """z = tail(x): everything the model does from its residual stream to its logits.
 
     Paths are looked up at every call, so that a head replaced later (resized, quantised, adapted) is the one used.
@@ -58,27 +60,39 @@ def tail_logits(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tens
     Args:
         state: the residual stream after a decoder layer, before the final norm, as the layer returns it: `[B, T, D]` in
             most families, which take any leading axes then.
+        unembed: in place of the unembedding; None means the model's own.
 
     Returns:
         `[B, T, V]` in the dtype of the model's logits.
     """
     for step in anatomy.tail:
-        state = model.get_submodule(step)(state) if isinstance(step, str) else step.apply(state, step.value(model))
+        if not isinstance(step, str):
+            state = step.apply(state, step.value(model))
+        elif unembed is not None and step == anatomy.unembedding:
+            state = unembed(state)
+        else:
+            state = model.get_submodule(step)(state)
     return state
 
 
-def candidate_logits(model: PreTrainedModel, anatomy: Anatomy, states: Sequence[Tensor]) -> Tensor:
+def candidate_logits(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    states: Sequence[Tensor],
+    unembed: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The logits of several layers' states, in one pass through the tail, so that the unembedding is read once.
 
     Args:
         states: K tensors, each as `tail_logits` takes it. They go through as one batch of K x B rows.
+        unembed: as for `tail_logits`.
 
     Returns:
         `[K, B, T, V]`.
     """
     # With a device_map the layers and the tail may each live elsewhere.
     rows = torch.cat([state.to(states[0].device) for state in states], dim=anatomy.batch_axis)
-    return tail_logits(model, anatomy, rows).unflatten(0, (len(states), -1))
+    return tail_logits(model, anatomy, rows, unembed).unflatten(0, (len(states), -1))
 
 
 def layer_types(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:

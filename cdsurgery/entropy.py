@@ -30,6 +30,18 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         `[...]` float32 in nats, in [0, ln V]; NaN where the row holds a NaN or +inf, or nothing but -inf.
     """
+    return entropy_of_sums(*partial_sums(logits))
+
+
+def partial_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the entropy needs to know of a row, or of a part of one.
+
+    Args:
+        logits: `[..., V]`, float32, float16 or bfloat16.
+
+    Returns:
+        the maximum, s and t of `entropy`, `[...]` float32 each. s and t mean nothing where the maximum is not finite.
+    """
     z = logits.float()
     top = z.argmax(dim=-1, keepdim=True)
     # The maximum is read where argmax points, not by a second reduction: runtimes differ in which of the two skips a
@@ -39,11 +51,38 @@ def entropy(logits: Tensor) -> Tensor:
     e = u.scatter(-1, top, float("-inf")).exp()
     # Where e is 0, u may be -inf and the products NaN. A NaN in e is not 0, so a broken row stays broken.
     e = torch.where(e == 0, 0.0, e + e * lost)
-    s = e.sum(dim=-1)
-    t = torch.where(e == 0, 0.0, e * u).sum(dim=-1)
+    return maximum.squeeze(-1), e.sum(dim=-1), torch.where(e == 0, 0.0, e * u).sum(dim=-1)
+
+
+def merged_sums(maximum: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of whole rows from those of their parts.
+
+    A part whose maximum is d below the row's counts e^d of it, and its own maximum becomes one entry more:
+
+        s += e^d (1 + s'),  t += e^d (t' + d (1 + s'))
+
+    Args:
+        maximum, s, t: `[parts, ...]` float32, as `partial_sums` gives them.
+
+    Returns:
+        The same of the rows, `[...]`.
+    """
+    top = maximum.argmax(dim=0, keepdim=True)
+    highest = maximum.gather(0, top)
+    d, lost = _subtract(maximum, highest)
+    e = d.exp()
+    # An e of 0 belongs to a part that is all -inf, whose sums are NaN, or to one too far below to count.
+    e = torch.where(e == 0, 0.0, e + e * lost)
+    mass = torch.where(e == 0, 0.0, e * (1 + s))
+    leading = torch.zeros_like(e, dtype=torch.bool).scatter(0, top, True)  # its maximum is left out of s
+    merged = torch.where(leading, s, mass).sum(dim=0)
+    return highest.squeeze(0), merged, torch.where(e == 0, 0.0, e * t + d * mass).sum(dim=0)
+
+
+def entropy_of_sums(maximum: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """`[...]` float32 nats from the sums of whole rows; NaN where the maximum is not finite."""
     # max - max is 0 for a finite maximum and NaN otherwise: a row with +inf must never look certain.
-    broken = (maximum - maximum).squeeze(-1)
-    return _log1p(s) - t / (1 + s) + broken
+    return _log1p(s) - t / (1 + s) + (maximum - maximum)
 
 
 def _log1p(x: Tensor) -> Tensor:

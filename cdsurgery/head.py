@@ -24,6 +24,7 @@ from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
 from cdsurgery.output import ConfidentOutput, confident_output
 from cdsurgery.probe import taken
+from cdsurgery.shard import vocabulary_shard
 from cdsurgery.taps import Taps
 from cdsurgery.trough import select
 
@@ -64,13 +65,18 @@ class ConfidentHead(nn.Module):
     def _confident_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
         keep = inputs.get("logits_to_keep", 0)
         allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
+        measure, model = MEASURES[self.confident.measure], cast(PreTrainedModel, self)
+        shard = vocabulary_shard(model, self.anatomy, measure)
         with self._taps.reading(keep) as states:
             plain = self._plain_forward(**inputs)
-            earlier = candidate_logits(cast(PreTrainedModel, self), self.anatomy, states)
+            earlier = candidate_logits(model, self.anatomy, states, shard)
         if isinstance(keep, Tensor) and keep.dtype == torch.bool:  # its logits are `[rows that are true, V]`
             earlier = earlier.squeeze(1)
-        candidates = torch.cat([plain.logits[None], earlier.to(plain.logits.device)])
-        logits, depth, entropy = select(candidates, MEASURES[self.confident.measure], allowed)
+        final = plain.logits if shard is None else shard.part(plain.logits)
+        candidates = torch.cat([final[None], earlier.to(final.device)])
+        logits, depth, entropy = select(candidates, measure if shard is None else shard.entropy, allowed)
+        if shard is not None:
+            logits = shard.whole(logits)
         return confident_output(
             plain,
             logits=logits,

@@ -9,7 +9,15 @@ import torch
 from support import static_graph
 from torch import Tensor
 
-from cdsurgery.entropy import MEASURES, Measure, entropy, log_p_squared
+from cdsurgery.entropy import (
+    MEASURES,
+    Measure,
+    entropy,
+    entropy_of_sums,
+    log_p_squared,
+    merged_sums,
+    partial_sums,
+)
 
 VOCABULARIES = (2, 251, 32768, 151936, 262144)
 NAN, INF = float("nan"), float("inf")
@@ -211,3 +219,44 @@ def test_measures_export_without_data_dependent_operations_and_fit_any_batch(mea
         rows[0, 1, 17] = NAN
         rows[0, 2, 0] = -INF
         assert torch.equal(graph(rows).nan_to_num(-1), measure(rows).nan_to_num(-1))
+
+
+def entropy_in_parts(logits: Tensor, sizes: list[int]) -> Tensor:
+    """The entropy of rows that are measured piece by piece."""
+    sums = zip(*(partial_sums(part) for part in logits.split(sizes, dim=-1)), strict=True)
+    return entropy_of_sums(*merged_sums(*(torch.stack(pieces) for pieces in sums)))
+
+
+@pytest.mark.parametrize("sizes", [[251], [126, 125], [1, 1, 248, 1], [32] * 7 + [27]], ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1.0, 8.0])
+def test_parts_of_a_row_merge_into_its_entropy(sizes: list[int], noise: float) -> None:
+    rows = peaked_rows(251, noise, torch.Generator().manual_seed(len(sizes)))
+    rows = torch.cat([rows, rows.sort(dim=-1).values, rows.sort(dim=-1, descending=True).values])
+    truth = true_entropy(rows)
+    inside = truth >= 1e-7
+    # Twice the roundings: those of a part, and those of merging it.
+    assert ((entropy_in_parts(rows, sizes) - truth).abs() / truth)[inside].max() <= 2 * RELATIVE
+
+
+def test_what_rounding_loses_between_the_maxima_of_parts_is_given_back() -> None:
+    # One part is the maximum alone, the other all that is 32 or more below it, where half a unit in the last place is
+    # 2e-6; equal, so that no error averages out.
+    top, rest = torch.rand(2, 40, 1, generator=torch.Generator().manual_seed(2))
+    rise = torch.linspace(31, 34, 40)[:, None]
+    rows = torch.cat([top + rise, -rest.expand(40, 262143)], dim=-1)
+    truth = true_entropy(rows)
+    inside = truth >= 1e-8
+    assert ((entropy_in_parts(rows, [1, 262143]) - truth).abs() / truth)[inside].max() <= RELATIVE
+
+
+def test_a_part_that_is_excluded_counts_nothing_and_a_broken_one_breaks_the_row() -> None:
+    row = torch.randn(250, generator=torch.Generator().manual_seed(3))
+    excluded = row.clone()
+    excluded[50:100] = -INF
+    assert entropy_in_parts(excluded, [50] * 5) == pytest.approx(true_entropy(excluded).item(), rel=RELATIVE)
+    for place in (0, 75, 249):
+        for bad in (NAN, INF):
+            broken = excluded.clone()
+            broken[place] = bad
+            assert entropy_in_parts(broken, [50] * 5).isnan()
+    assert entropy_in_parts(torch.full((250,), -INF), [50] * 5).isnan()
