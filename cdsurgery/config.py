@@ -11,6 +11,7 @@ from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
 
 DEFAULT_LOOKBACK = 10
+SCANS = ("auto", "full", "lazy")
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class ConfidentConfig:
             and without extra work; 1 draws nothing.
         seed: for the draws of 0 < probability < 1, in [0, 2**32). None takes one from torch's global generator.
         measure: "entropy", or "log_p_squared" to reproduce the authors' published overlay.
+        scan: "full" measures all K+1 candidates of every row; "lazy" no more than the scan reaches, for the same
+            selection, and NaN for the other entropies; "auto" is lazy where that is cheaper and a call decodes.
     """
 
     lookback: int | float = DEFAULT_LOOKBACK
     probability: float = 1.0
     seed: int | None = None
     measure: str = "entropy"
+    scan: str = "auto"
 
     def __post_init__(self) -> None:
         _check_lookback(self.lookback)
@@ -40,6 +44,8 @@ class ConfidentConfig:
             raise InvalidInputError(f"seed is {self.seed!r}; it must be None or an integer in [0, 2**32).")
         if self.measure not in MEASURES:
             raise InvalidInputError(f"measure is {self.measure!r}; it must be one of {', '.join(MEASURES)}.")
+        if self.scan not in SCANS:
+            raise InvalidInputError(f"scan is {self.scan!r}; it must be one of {', '.join(SCANS)}.")
 
     def resolve(self, layers: int) -> ConfidentConfig:
         """The same options for a model of `layers` layers: `lookback` an int, a `seed` wherever one is needed."""

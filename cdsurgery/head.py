@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
-from cdsurgery.anatomy import Anatomy, candidate_logits
+from cdsurgery.anatomy import Anatomy, candidate_logits, tail_logits
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
+from cdsurgery.lazy import ACCELERATOR_ROWS, select_lazily
 from cdsurgery.output import ConfidentOutput, confident_output
 from cdsurgery.probe import taken
 from cdsurgery.shard import vocabulary_shard
+from cdsurgery.states import kept_rows
 from cdsurgery.taps import Taps
 from cdsurgery.trough import select
 
@@ -65,18 +67,16 @@ class ConfidentHead(nn.Module):
     def _confident_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
         keep = inputs.get("logits_to_keep", 0)
         allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
-        measure, model = MEASURES[self.confident.measure], cast(PreTrainedModel, self)
-        shard = vocabulary_shard(model, self.anatomy, measure)
         with self._taps.reading(keep) as states:
             plain = self._plain_forward(**inputs)
-            earlier = candidate_logits(model, self.anatomy, states, shard)
-        if isinstance(keep, Tensor) and keep.dtype == torch.bool:  # its logits are `[rows that are true, V]`
-            earlier = earlier.squeeze(1)
-        final = plain.logits if shard is None else shard.part(plain.logits)
-        candidates = torch.cat([final[None], earlier.to(final.device)])
-        logits, depth, entropy = select(candidates, measure if shard is None else shard.entropy, allowed)
-        if shard is not None:
-            logits = shard.whole(logits)
+            # With a boolean `logits_to_keep` the model's logits are `[rows that are true, V]`: the rows of one batch.
+            flat = plain.logits.ndim == 2
+            final = plain.logits[None] if flat else plain.logits
+            logits, depth, entropy = self._select(
+                final, states, allowed[None] if flat and allowed is not None else allowed
+            )
+        if flat:
+            logits, depth, entropy = logits.squeeze(0), depth.squeeze(0), entropy.squeeze(0)
         return confident_output(
             plain,
             logits=logits,
@@ -85,6 +85,36 @@ class ConfidentHead(nn.Module):
             entropy=entropy,
             **self._moved_loss(plain, logits, inputs),
         )
+
+    def _select(self, final: Tensor, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits, depth and entropies that `select` returns, from the final logits and the states before."""
+        model, anatomy, measure = cast(PreTrainedModel, self), self.anatomy, MEASURES[self.confident.measure]
+        shard = vocabulary_shard(model, anatomy, measure)
+        if shard is not None:
+            final, measure = shard.part(final), shard.entropy
+        if self._is_lazy(final):
+
+            def project(k: int, rows: Tensor) -> Tensor:
+                state = states[k - 1]
+                state = kept_rows(state, rows.to(state.device), anatomy.batch_axis)
+                return tail_logits(model, anatomy, state, shard).squeeze(0).to(final.device)
+
+            logits, depth, entropy = select_lazily(final, project, len(states), measure, allowed)
+        else:
+            earlier = candidate_logits(model, anatomy, states, shard)
+            candidates = torch.cat([final[None], earlier.to(final.device)])
+            logits, depth, entropy = select(candidates, measure, allowed)
+        return logits if shard is None else shard.whole(logits), depth, entropy
+
+    def _is_lazy(self, final: Tensor) -> bool:
+        if torch.compiler.is_compiling() or self.confident.scan == "full":
+            return False
+        if self.confident.scan == "lazy":
+            return True
+        keep = self._taps.keep
+        if isinstance(keep, Tensor) or keep != 1 or (final.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        return final.device.type == "cpu" or len(final) >= ACCELERATOR_ROWS
 
     def _plain_forward(self, **inputs: Any) -> Any:
         return (self._placed_forward or super().forward)(**inputs, **self._as_dict)

@@ -25,6 +25,7 @@ def wrap(
     probability: float = 1.0,
     seed: int | None = None,
     measure: str = "entropy",
+    scan: str = "auto",
     anatomy: Anatomy | None = None,
 ) -> ConfidentHead:
     """Make a causal LM decode from its most confident near-final layer.
@@ -39,6 +40,8 @@ def wrap(
         probability: in [0, 1], the share of rows that may leave the final layer.
         seed: for 0 < probability < 1; None draws one from torch's global generator.
         measure: "entropy", or "log_p_squared" as in the authors' published overlay.
+        scan: "full" for the entropies of all candidates, "lazy" for those alone that decide, "auto" for the cheaper one
+            when decoding (`logits_to_keep=1`, as in `generate`) and all of them otherwise.
         anatomy: where the layers and the tail are, for a model in which they are not found; proven all the same.
 
     Returns:
@@ -49,7 +52,7 @@ def wrap(
         UnsupportedModelError: the model cannot be proven to fit.
         SurgeryError: the model is wrapped already.
     """
-    config = ConfidentConfig(lookback, probability, seed, measure)
+    config = ConfidentConfig(lookback, probability, seed, measure, scan)
     if not isinstance(model, nn.Module):
         model = load_causal_lm(model)
     host = _adapted_model(model)

@@ -19,6 +19,7 @@ BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
     "probability": ("[0, 1]", [-1e-9, 1.0000001, 2, -1, NAN, INF, -INF, "1", None, True, False, [0.5]]),
     "seed": ("[0, 2**32)", [-1, 2**32, 10**30, 1.0, NAN, "1", True, False, [1]]),
     "measure": ("entropy, log_p_squared", ["Entropy", "", "log_p", None, 1, len]),
+    "scan": ("auto, full, lazy", ["Lazy", "", "eager", None, True]),
 }
 
 
@@ -66,6 +67,7 @@ def test_the_defaults_are_ten_layers_always_by_entropy() -> None:
         "probability": 1.0,
         "seed": None,
         "measure": "entropy",
+        "scan": "auto",
     }
 
 

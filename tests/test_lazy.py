@@ -1,0 +1,139 @@
+"""The lazy scan against the full one: the same selection, from no more rows than the scan reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model, token_ids
+from torch import Tensor
+
+import cdsurgery
+from cdsurgery import ConfidentOutput
+from cdsurgery.entropy import MEASURES, Measure
+from cdsurgery.lazy import select_lazily
+from cdsurgery.trough import select
+from cdsurgery.zoo import LAYERS
+
+NAN, INF = float("nan"), float("inf")
+LOOKBACK = 4
+IDS = token_ids(3, 9)
+
+
+def candidates(seed: int, vocabulary: int = 97) -> Tensor:
+    """`[M, B, T, V]` whose rows go back any number of layers, a broken one among them here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(5, 3, 7, vocabulary, generator=generator)
+    rows *= torch.rand(5, 3, 7, 1, generator=generator) * 4 + torch.arange(5)[:, None, None, None] * (seed % 3)
+    rows[2, 0, 1, 5], rows[1, 1, 2, 0], rows[3, 2, 3, 96], rows[0, 0, 6, 1] = NAN, INF, NAN, NAN
+    rows[1, 2, 4], rows[2, 2, 5, ::2] = -INF, -INF
+    return rows
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES.keys())
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_selection_is_bitwise_that_of_all_candidates_from_the_rows_that_it_takes(
+    seed: int, share: float, measure: Measure
+) -> None:
+    stack = candidates(seed)
+    allowed = torch.rand(3, 7, generator=torch.Generator().manual_seed(seed)) < share
+    projected: list[Tensor] = []
+
+    def project(k: int, rows: Tensor) -> Tensor:
+        projected.append(rows.clone())
+        return stack[k][rows]
+
+    logits, depth, entropy = select_lazily(stack[0], project, 4, measure, allowed)
+    true_logits, true_depth, true_entropy = select(stack, measure, allowed)
+    assert torch.equal(depth, true_depth)
+    assert torch.equal(logits.nan_to_num(7), true_logits.nan_to_num(7))
+    needed = (torch.arange(5) <= true_depth[..., None] + 1) & (allowed[..., None] | (torch.arange(5) == 0))
+    assert torch.equal(sum((rows.long() for rows in projected), torch.zeros(3, 7).long()), needed[..., 1:].sum(-1))
+    assert torch.equal(entropy[needed].nan_to_num(-7), true_entropy[needed].nan_to_num(-7))
+    assert entropy[~needed].isnan().all()
+
+
+def test_the_final_logits_stay_what_they_are() -> None:
+    stack = candidates(2).nan_to_num(0, posinf=0, neginf=-9)
+    final = stack[0].clone()
+    logits, depth, _ = select_lazily(stack[0], lambda k, rows: stack[k][rows], 4, MEASURES["entropy"])
+    assert (depth > 0).any()
+    assert torch.equal(stack[0], final) and not torch.equal(logits, final)
+
+
+def same_selection(lazy: ConfidentOutput, full: ConfidentOutput) -> None:
+    """Fewer rows are matrix products of another shape, whose sums differ in the last digits of float32."""
+    assert torch.equal(lazy.final_logits, full.final_logits)
+    tolerance = 1e-5 * float(full.final_logits.abs().max())
+    clear = (full.entropy.diff(dim=-1).abs() > 2 * tolerance).all(-1)
+    assert clear.float().mean() > 0.9
+    assert torch.equal(lazy.selected_layer[clear], full.selected_layer[clear])
+    torch.testing.assert_close(lazy.logits[clear], full.logits[clear], rtol=0, atol=tolerance)
+    measured = ~lazy.entropy.isnan()
+    torch.testing.assert_close(lazy.entropy[measured], full.entropy[measured], rtol=0, atol=tolerance)
+    depth = LAYERS - lazy.selected_layer
+    assert 0 == depth.min() < depth.max()
+    assert torch.equal(measured.sum(-1), (depth + 2).clamp(max=LOOKBACK + 1))
+
+
+# gemma3n has its streams before the batch, deepseek_v4 after the positions.
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3n_text", "deepseek_v4"])
+@torch.no_grad()
+def test_a_wrapped_model_selects_lazily_what_it_selects_in_full(family: str) -> None:
+    outputs = {
+        scan: cdsurgery.wrap(tiny_model(family), lookback=LOOKBACK, scan=scan)(input_ids=IDS)
+        for scan in ("lazy", "full")
+    }
+    same_selection(outputs["lazy"], outputs["full"])
+
+
+KEEPS: dict[str, Any] = {
+    "last three": 3,
+    "indices": torch.tensor([0, 7, 4]),
+    "mask": torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.6,
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS.keys())
+@pytest.mark.parametrize("scan", ["lazy", "full"])
+@pytest.mark.parametrize("probability", [1.0, 0.5])
+@torch.no_grad()
+def test_rows_that_are_asked_for_are_selected_as_among_all(scan: str, keep: Any, probability: float) -> None:
+    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan, probability=probability, seed=3)
+    everything, some = model(input_ids=IDS), model(input_ids=IDS, logits_to_keep=keep)
+    of = {"last three": (slice(None), slice(-3, None)), "indices": (slice(None), keep), "mask": (keep,)}
+    rows = next(of[name] for name, value in KEEPS.items() if value is keep)
+    assert torch.equal(some.selected_layer, everything.selected_layer[rows])
+    for name in ("logits", "final_logits", "entropy"):
+        torch.testing.assert_close(some[name], everything[name][rows], rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@torch.no_grad()
+def test_decoding_is_lazy_and_a_call_for_all_positions_measures_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    assert model.confident.scan == "auto"
+    assert not model(input_ids=IDS).entropy.isnan().any()
+    head, rows = model.lm_head, []
+    head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
+    out = model(input_ids=IDS, logits_to_keep=1)
+    assert out.entropy.isnan().any()
+    depth = LAYERS - out.selected_layer
+    assert sum(rows) == 3 + int((depth + 1).clamp(max=LOOKBACK).sum()) < 3 * (1 + LOOKBACK)
+    rows.clear()
+    full = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="full")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS, **options), full.generate(IDS, **options))
+    assert 12 * 3 * 2 <= sum(rows) < 12 * 3 * (1 + LOOKBACK)
+
+
+def test_a_gradient_reaches_the_selected_layers_logits() -> None:
+    gradients = []
+    for scan in ("lazy", "full"):
+        model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append(model.lm_head.weight.grad)
+    # Sums of 27 rows in another order, at gradients of size 1.
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+    assert gradients[0].abs().max() > 1e-2
