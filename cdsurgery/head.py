@@ -29,6 +29,7 @@ from cdsurgery.shard import vocabulary_shard
 from cdsurgery.states import kept_rows
 from cdsurgery.taps import Taps
 from cdsurgery.trough import select
+from cdsurgery.unembedding import few_rows_unembedding
 
 
 class ConfidentHead(nn.Module):
@@ -93,11 +94,12 @@ class ConfidentHead(nn.Module):
         if shard is not None:
             final, measure = shard.part(final), shard.entropy
         if self._is_lazy(final):
+            unembed = shard or few_rows_unembedding(model, anatomy)
 
             def project(k: int, rows: Tensor) -> Tensor:
                 state = states[k - 1]
                 state = kept_rows(state, rows.to(state.device), anatomy.batch_axis)
-                return tail_logits(model, anatomy, state, shard).squeeze(0).to(final.device)
+                return tail_logits(model, anatomy, state, unembed).squeeze(0).to(final.device)
 
             logits, depth, entropy = select_lazily(final, project, len(states), measure, allowed)
         else:

@@ -27,7 +27,8 @@ class TracedToken:
         final_token: the id to which the final layer gave the largest logit.
         selected_layer: the layer whose logits were used, in [L-K, L]; layers are counted 1..L.
         depth: L - selected_layer, in [0, K].
-        entropy: `[M]` nats; index k is layer L-k. Empty where `probability=0`, which computes none.
+        entropy: `[M]` nats; index k is layer L-k, NaN where the scan did not look. Empty where `probability=0`, which
+            computes none.
     """
 
     token: int

@@ -36,7 +36,7 @@ from cdsurgery.export.graph.linear_attention import traceable_linear_attention
 from cdsurgery.export.graph.precision import computing_model, narrow_weights_, providers_for
 from cdsurgery.export.graph.quantization import Scheme, quantizable, quantize
 from cdsurgery.export.graph.weights import multiply_in_place, name_weights
-from cdsurgery.export.options import GraphOptions, Positions, Target
+from cdsurgery.export.options import GraphOptions, Positions, Scan, Target
 from cdsurgery.export.parity.verify import verify
 from cdsurgery.export.runtime.runner import OnnxRunner
 from cdsurgery.export.signature import Signature, TensorSpec, decoder_signature
@@ -55,6 +55,7 @@ def to_onnx(
     positions: Positions = "last",
     target: Target = "portable",
     upcast: bool = False,
+    scan: Scan = "static",
     quantization: Scheme | None = None,
     quantize_head: bool = True,
     parity: bool = True,
@@ -69,6 +70,9 @@ def to_onnx(
             log-probabilities `[B, S]` of given targets, with the logits of no more than one candidate in memory.
         target: "portable" for standard operators, "cpu" or "cuda" for those of that provider of ONNX Runtime.
         upcast: keep half-precision weights and compute in float32, as ONNX Runtime's CPU needs it for bfloat16.
+        scan: "static" projects all candidates at once, for any runtime; "lazy" those before layer L-1 only where a row
+            gets that far, for a runtime that computes the branch of an If when it is taken, as ONNX Runtime does. The
+            other entropies are NaN then.
         quantization: "int4" (weights) or "int8" (weights and activations) quantises the matrices; None leaves them.
         quantize_head: whether the unembedding, and with it a tied embedding, is among them.
         parity: run the artifact against the model before it appears. False is for graphs that cannot run here, such
@@ -84,7 +88,11 @@ def to_onnx(
     """
     if not isinstance(model, ConfidentHead):
         raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
-    options = GraphOptions(positions, target, upcast)
+    options = GraphOptions(positions, target, upcast, scan)
+    if scan == "lazy" and quantization is not None:
+        raise InvalidInputError(
+            "scan='lazy' keeps its head in float, so quantization must be None; scan='static' can be quantised."
+        )
     providers = providers_for(model, options) if parity else []
     computing = computing_model(model, options)
     names = quantizable(computing, options, quantization, quantize_head) if quantization is not None else set()

@@ -9,6 +9,7 @@ from cdsurgery.errors import InvalidInputError
 
 Positions = Literal["last", "all", "score"]
 Target = Literal["portable", "cpu", "cuda"]
+Scan = Literal["static", "lazy"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,21 @@ class GraphOptions:
         target: "portable" for standard operators only, which any runtime has; "cpu" or "cuda" for those of that
             provider of ONNX Runtime.
         upcast: keep the weights in the model's half precision, and compute in float32.
+        scan: "static" projects all candidates of every row in one pass, and has no control flow; "lazy" projects the
+            two last layers' first, and the others where some row descends (an ONNX If).
     """
 
     positions: Positions = "last"
     target: Target = "portable"
     upcast: bool = False
+    scan: Scan = "static"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("positions", get_args(Positions)), ("target", get_args(Target))):
+        for name, kind in (("positions", Positions), ("target", Target), ("scan", Scan)):
+            allowed = get_args(kind)
             if getattr(self, name) not in allowed:
                 raise InvalidInputError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}."
                 )
+        if self.scan == "lazy" and self.positions == "score":
+            raise InvalidInputError("scan is 'lazy'; a graph with positions='score' takes one candidate after another.")

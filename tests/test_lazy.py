@@ -14,6 +14,7 @@ from cdsurgery import ConfidentOutput
 from cdsurgery.entropy import MEASURES, Measure
 from cdsurgery.lazy import select_lazily
 from cdsurgery.trough import select
+from cdsurgery.unembedding import few_rows_unembedding
 from cdsurgery.zoo import LAYERS
 
 NAN, INF = float("nan"), float("inf")
@@ -137,3 +138,28 @@ def test_a_gradient_reaches_the_selected_layers_logits() -> None:
     # Sums of 27 rows in another order, at gradients of size 1.
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
     assert gradients[0].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 11])
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi has a bias
+@torch.no_grad()
+def test_a_few_rows_are_unembedded_as_the_head_does_it(family: str, rows: int) -> None:
+    model = cdsurgery.wrap(tiny_model(family), lookback=LOOKBACK)
+    unembed = few_rows_unembedding(model, model.anatomy)
+    assert unembed is not None
+    state = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows))
+    # Sums of 64 products in another order, at logits of size 10.
+    torch.testing.assert_close(unembed(state), model.lm_head(state), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_that_is_watched_replaced_or_in_half_precision_is_called_itself() -> None:
+    watched = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    handle = watched.lm_head.register_forward_hook(lambda _, __, logits: logits + 1)
+    assert few_rows_unembedding(watched, watched.anatomy) is None
+    handle.remove()
+    assert few_rows_unembedding(watched, watched.anatomy) is not None
+    watched.lm_head.forward = watched.lm_head.forward
+    assert few_rows_unembedding(watched, watched.anatomy) is None
+    half = cdsurgery.wrap(tiny_model("llama", torch.bfloat16), lookback=LOOKBACK)
+    assert few_rows_unembedding(half, half.anatomy) is None

@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upcast", action="store_true", help="keep half-precision weights as they are and compute in float32"
     )
     parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="project layers before the last two only where a row gets that far: for runtimes that compute a branch of "
+        "an If when it is taken, as ONNX Runtime does",
+    )
+    parser.add_argument(
         "--no-parity",
         action="store_true",
         help="do not run the artifact against the model: for graphs that cannot run on this machine",
@@ -76,6 +82,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             positions=options.positions,
             target=options.target,
             upcast=options.upcast,
+            scan="lazy" if options.lazy else "static",
             parity=not options.no_parity,
             quantization=options.quantize,
             quantize_head=not options.keep_head,

@@ -95,9 +95,34 @@ class DecoderGraph(nn.Module):
     def _selection(self, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, ...]:
         """Selected and final logits `[B, T, V]`, layer `[B, T]`, entropies `[B, T, M]`."""
         model = self.model
+        if self.options.scan == "lazy" and len(states) > 2:
+            return self._lazy_selection(states, allowed)
         candidates = tail_logits(model, model.anatomy, torch.stack(states))
         logits, depth, entropy = select(candidates, MEASURES[model.confident.measure], allowed)
         return logits, candidates[0], len(model.anatomy.layers) - depth, entropy
+
+    def _lazy_selection(self, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, ...]:
+        """The same, from the two last layers where no row descends any further; NaN for what was not measured."""
+        model, measure = self.model, MEASURES[self.model.confident.measure]
+        nearest = tail_logits(model, model.anatomy, torch.stack(states[:2]))
+        logits, depth, entropy = select(nearest, measure, allowed)
+        unmeasured = torch.full_like(entropy[..., :1], torch.nan).repeat(1, 1, len(states) - 2)
+
+        def deeper(
+            states: Tensor, nearest: Tensor, entropy: Tensor, logits: Tensor, depth: Tensor
+        ) -> tuple[Tensor, ...]:
+            candidates = torch.cat([nearest, tail_logits(model, model.anatomy, states)])
+            # torch.cond wants the same strides from both branches.
+            return tuple(result.contiguous() for result in select(candidates, measure, allowed))
+
+        def shallow(
+            states: Tensor, nearest: Tensor, entropy: Tensor, logits: Tensor, depth: Tensor
+        ) -> tuple[Tensor, ...]:
+            return logits.clone(), depth.clone(), torch.cat([entropy, unmeasured], dim=-1)
+
+        operands = (torch.stack(states[2:]), nearest, entropy, logits, depth)
+        logits, depth, entropy = torch.cond((depth > 0).any(), deeper, shallow, operands)
+        return logits, nearest[0], len(model.anatomy.layers) - depth, entropy
 
     def _scores(self, states: list[Tensor], targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
         """Log-probabilities of the targets `[B, S]`, selected and final, layer `[B, S]`, entropies `[B, S, M]`."""

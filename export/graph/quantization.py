@@ -75,14 +75,14 @@ def quantize(graph: onnx_ir.Model, scheme: Scheme, names: Collection[str]) -> tu
         result = _copy(quantized[name].graph, graph.graph, tape, product.state)
         if product.bias is not None:
             result = tape.op("Add", [result, product.bias])
-        replace_node(node, tape, result)
+        replace_node(graph.graph, node, tape, result)
     for node in list(graph.graph):
         if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue
         table, ids = node.inputs
         if table is not None and ids is not None and table.name in tables:
             tape = Tape()
-            replace_node(node, tape, _ROWS[scheme](graph.graph, tape, table, ids))
+            replace_node(graph.graph, node, tape, _ROWS[scheme](graph.graph, tape, table, ids))
     CommonSubexpressionEliminationPass()(graph)  # products of one input round it once
     RemoveUnusedNodesPass()(graph)
     if scheme == "int4":

@@ -39,7 +39,7 @@ def multiply_in_place(graph: onnx_ir.Model) -> None:
     MatMul(x, Transpose(W)) becomes Gemm(x, W, transB=1), with x `[..., in]` as rows. What the tracer leaves of such
     transposes are tied unembeddings, and ONNX Runtime would hold their V x D numbers twice.
     """
-    for node in list(graph.graph):
+    for node in list(graph.graph.all_nodes()):
         weight = transposed_weight(node)
         if weight is None:
             continue
@@ -49,7 +49,7 @@ def multiply_in_place(graph: onnx_ir.Model) -> None:
         last = tape.initializer(onnx_ir.tensor([width], name=f"{node.name}.width"))
         rows = tape.op("Gemm", [tape.op("Reshape", [state, as_rows]), weight], {"transB": 1})
         shape = tape.op("Concat", [tape.op("Shape", [state], {"end": -1}), last], {"axis": 0})
-        replace_node(node, tape, tape.op("Reshape", [rows, shape]))
+        replace_node(graph.graph, node, tape, tape.op("Reshape", [rows, shape]))
     RemoveUnusedNodesPass()(graph)
 
 
@@ -67,12 +67,15 @@ def array(weight: onnx_ir.Value) -> np.ndarray[Any, Any]:
     return weight.const_value.numpy()
 
 
-def replace_node(node: onnx_ir.Node, tape: Tape, result: onnx_ir.Value) -> None:
-    """Put what a tape recorded in the place of a node with one output, which `result` becomes, under the same name."""
-    graph = node.graph
-    assert isinstance(graph, onnx_ir.Graph)
+def replace_node(graph: onnx_ir.Graph, node: onnx_ir.Node, tape: Tape, result: onnx_ir.Value) -> None:
+    """Put what a tape recorded in the place of a node with one output, which `result` becomes, under the same name.
+
+    The node may stand in a branch; the tape's initializers go into the `graph` around it, which branches read from.
+    """
+    place = node.graph
+    assert isinstance(place, onnx_ir.Graph)
     for index, new in enumerate(tape.nodes):
         new.name = new.outputs[0].name = f"{node.name}.{index}"
     for value in tape.initializers:
         graph.register_initializer(value)
-    onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [result])
+    onnx_ir.convenience.replace_nodes_and_values(place, node, [node], tape.nodes, node.outputs, [result])

@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +66,7 @@ def verify(
     runner = artifact if isinstance(artifact, OnnxRunner) else load(artifact)
     _check_options(runner, model)
     truth: Any = computing_model(model, runner.manifest.options)
-    with at_rest(truth), borrowed_weights(runner.folder, truth) as borrowed:
+    with at_rest(truth), measuring_all(truth), borrowed_weights(runner.folder, truth) as borrowed:
         report = _report(runner, truth, borrowed)
         _compare_rows(report, runner, truth)
         if runner.manifest.options.positions != "score":
@@ -79,6 +81,17 @@ def verify(
             report.noise = Report(report.tolerance, report.depth)
             _compare_rows(report.noise, truth, _wider(truth))
     return report
+
+
+@contextmanager
+def measuring_all(model: ConfidentHead) -> Iterator[None]:
+    """Let a wrapped model return the entropies of all candidates, however many rows it is asked for."""
+    config = model.confident
+    model.confident = replace(config, scan="full")
+    try:
+        yield
+    finally:
+        model.confident = config
 
 
 def _report(runner: OnnxRunner, truth: Any, borrowed: Collection[str]) -> AnyReport:
@@ -150,6 +163,8 @@ def _compare_shape(
         wanted = targets if _positions(found) == "score" else None
         projected = (kept[0], kept[1] - first)
         ours, theirs = _rows(sides[0], kept, wanted), _rows(sides[1], projected, wanted)
+        if isinstance(found, OnnxRunner) and found.manifest.options.scan == "lazy":
+            ours[-1] = _with_unmeasured(ours[-1], theirs[-1], found.manifest.layers - ours[-2])
         report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[projected]), closest[kept])
         closest = closest[:, -1:]
 
@@ -185,6 +200,15 @@ def _rows(run: Any, kept: tuple[Tensor, ...], targets: Tensor | None) -> list[Te
         fields = [*logits, run.selected_layer.cpu(), run.entropy.cpu()]
     one = fields[0].shape[1] == 1  # an artifact that returns last rows only
     return [field[kept[0], 0 if one else kept[1]] for field in fields]
+
+
+def _with_unmeasured(entropy: Tensor, true_entropy: Tensor, depth: Tensor) -> Tensor:
+    """The entropies `[R, M]` of a lazy graph, those that it may leave out taken from the truth.
+
+    It may leave out what lies behind the candidate that stopped the scan at `depth` `[R]`, and nothing before.
+    """
+    behind = torch.arange(entropy.shape[-1]) > depth[:, None] + 1
+    return torch.where(behind & entropy.isnan(), true_entropy, entropy)
 
 
 def _padded_mask(batch: int, chunks: Sequence[int], padding: str) -> Tensor:

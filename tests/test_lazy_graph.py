@@ -1,0 +1,122 @@
+"""Graphs with scan="lazy": the branch that projects deeper layers runs only where a row gets that far."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from artifacts import wrapped
+from families import tiny_model, token_ids
+
+import cdsurgery
+from cdsurgery import ConfidentHead, InvalidInputError, export
+
+LOOKBACK = 4
+# A tied head, a softcap, a head with a bias and a hybrid with recurrent states.
+FAMILIES = {
+    "qwen3": {"num_hidden_layers": 5, "tie_word_embeddings": True},
+    "gemma2": {},
+    "phi": {},
+    "qwen3_5_text": {},
+}
+
+
+def model_of(family: str, **options: Any) -> ConfidentHead:
+    return cdsurgery.wrap(tiny_model(family, **FAMILIES[family]), lookback=LOOKBACK, **options)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def lazy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ConfidentHead, Path]:
+    """A model and its artifact, which `to_onnx` has compared with it."""
+    model = model_of(request.param)
+    return model, export.to_onnx(model, tmp_path_factory.mktemp(request.param) / "lazy", scan="lazy")
+
+
+def test_it_selects_what_the_model_does_and_leaves_out_only_what_the_scan_did_not_reach(
+    lazy: tuple[ConfidentHead, Path],
+) -> None:
+    model, folder = lazy
+    runner = export.load(folder)
+    behind, moved = [], 0
+    for seed in range(24):
+        ids = token_ids(1, 5, seed)
+        with torch.no_grad():
+            truth = model(ids, logits_to_keep=1)
+        out = runner(ids)
+        assert torch.equal(out.selected_layer, truth.selected_layer)
+        # ONNX Runtime is 1e-5 of the largest logit from PyTorch, also in nats.
+        tolerance = {"rtol": 0, "atol": 1e-5 * float(truth.final_logits.abs().max())}
+        torch.testing.assert_close(out.logits, truth.logits, **tolerance)
+        torch.testing.assert_close(out.final_logits, truth.final_logits, **tolerance)
+        depth = len(model.anatomy.layers) - int(out.selected_layer)
+        behind.append(int(out.entropy.isnan().sum()))
+        # The graph knows two ways: two candidates, or all.
+        assert behind[-1] == (LOOKBACK - 1 if depth == 0 else 0)
+        measured = ~truth.entropy.isnan()
+        torch.testing.assert_close(out.entropy[measured], truth.entropy[measured], **tolerance)
+        moved += depth > 0
+    assert 0 < moved < 24
+
+
+def test_the_branch_runs_only_when_a_row_descends(lazy: tuple[ConfidentHead, Path], tmp_path: Path) -> None:
+    _, folder = lazy
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    runner = export.load(folder)
+    runner.session._session = session
+    depths = [runner.manifest.layers - int(runner(token_ids(1, 5, seed)).selected_layer) for seed in range(24)]
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = Counter(event["args"]["op_name"] for event in events if event.get("cat") == "Node")
+    # Every scan ends in an ArgMax of each entropy: one for the two last layers, another in the branch.
+    assert ran["ArgMax"] == 24 + sum(depth > 0 for depth in depths)
+    assert ran["If"] == 24
+
+
+def test_its_weights_are_stored_once_and_multiplied_as_they_stand(lazy: tuple[ConfidentHead, Path]) -> None:
+    model, folder = lazy
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    (branching,) = [node for node in graph.node if node.op_type == "If"]
+    for branch in (attribute.g for attribute in branching.attribute):
+        assert not branch.initializer
+        turned = {name for node in branch.node if node.op_type == "Transpose" for name in node.input}
+        assert not turned & {initializer.name for initializer in graph.initializer}
+    shared = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    assert (folder / "model.onnx.data").stat().st_size < sum(shared.values()) * 1.05 + 65536
+
+
+def test_a_batch_takes_the_branch_together_and_a_row_without_leave_stays_out(tmp_path: Path) -> None:
+    model = model_of("qwen3", probability=0.5, seed=3)
+    runner = export.load(export.to_onnx(model, tmp_path / "half", scan="lazy"))
+    ids = token_ids(12, 5)
+    with torch.no_grad():
+        truth = model(ids, logits_to_keep=1)
+    out = runner(ids)
+    assert torch.equal(out.selected_layer, truth.selected_layer)
+    assert not out.entropy.isnan().any()
+    assert 0 < (truth.selected_layer < 5).sum() < 12
+
+
+def test_one_layer_of_lookback_leaves_nothing_to_branch_to(tmp_path: Path) -> None:
+    folder = export.to_onnx(wrapped("llama", lookback=1), tmp_path / "one", scan="lazy")
+    assert "If" not in {node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scan": "eager"}, "scan is 'eager'; it must be one of 'static', 'lazy'"),
+        ({"scan": "lazy", "positions": "score"}, "one candidate after another"),
+        ({"scan": "lazy", "quantization": "int4"}, "quantization must be None"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        export.to_onnx(wrapped("llama"), tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
