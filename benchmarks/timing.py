@@ -1,0 +1,48 @@
+"""Several ways to do one thing -> how much longer each takes than the first, from interleaved runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured of one way.
+
+    Attributes:
+        name: of the way.
+        milliseconds: the median of all runs, of this machine in this hour.
+        ratio, low, high: median and quartiles of its time over that of the first way in the same round.
+    """
+
+    name: str
+    milliseconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> list[Timing]:
+    """Time every way once a round, in an order that rotates, so that what slows the machine slows all of them.
+
+    Args:
+        ways: name -> what to run; the first is what the others are compared with.
+        rounds: at least 2; one more is run before and not counted.
+    """
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            ways[name]()
+            seconds[name].append(time.perf_counter() - start)
+    counted = {name: times[1:] for name, times in seconds.items()}
+    timings = []
+    for name in names:
+        ratios = [own / first for own, first in zip(counted[name], counted[names[0]], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        timings.append(Timing(name, 1e3 * statistics.median(counted[name]), middle, low, high))
+    return timings
