@@ -29,6 +29,8 @@ def candidates(seed: int, vocabulary: int = 97) -> Tensor:
     rows *= torch.rand(5, 3, 7, 1, generator=generator) * 4 + torch.arange(5)[:, None, None, None] * (seed % 3)
     rows[2, 0, 1, 5], rows[1, 1, 2, 0], rows[3, 2, 3, 96], rows[0, 0, 6, 1] = NAN, INF, NAN, NAN
     rows[1, 2, 4], rows[2, 2, 5, ::2] = -INF, -INF
+    rows[1, 0, 0] = rows[0, 0, 0]  # a tie at once
+    rows[1, 1, 0] = rows[2, 1, 0] = rows[0, 1, 0] * 2  # and one after a descent
     return rows
 
 
