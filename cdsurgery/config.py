@@ -27,7 +27,7 @@ class ConfidentConfig:
         seed: for the draws of 0 < probability < 1, in [0, 2**32). None takes one from torch's global generator.
         measure: "entropy", or "log_p_squared" to reproduce the authors' published overlay.
         scan: "full" measures all K+1 candidates of every row; "lazy" no more than the scan reaches, for the same
-            selection, and NaN for the other entropies; "auto" is lazy where that is cheaper and a call decodes.
+            selection, and NaN for the other entropies; "auto" is lazy inside of `generate`, where that is cheaper.
     """
 
     lookback: int | float = DEFAULT_LOOKBACK

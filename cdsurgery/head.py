@@ -48,6 +48,7 @@ class ConfidentHead(nn.Module):
     _placed_forward: Callable[..., Any] | None
     _argument_names: tuple[str, ...]
     _as_dict: dict[str, Any]
+    _generating = False
 
     def forward(self, *args: Any, **kwargs: Any) -> ConfidentOutput | tuple[Any, ...]:
         """The model's own forward, with the same arguments.
@@ -64,6 +65,16 @@ class ConfidentHead(nn.Module):
             as_dict = getattr(self.config, "return_dict", True)
         output = self._plain_output(inputs) if self.confident.probability == 0 else self._confident_output(inputs)
         return output if as_dict else output.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`. Nobody sees the entropies of its steps, so they need not all be measured."""
+        if self._generating:  # generate may call itself
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        self._generating = True
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self._generating
 
     def _confident_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
         keep = inputs.get("logits_to_keep", 0)
@@ -113,8 +124,7 @@ class ConfidentHead(nn.Module):
             return False
         if self.confident.scan == "lazy":
             return True
-        keep = self._taps.keep
-        if isinstance(keep, Tensor) or keep != 1 or (final.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self._generating or (final.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
         return final.device.type == "cpu" or (len(self._taps.states) + 1) * len(final) > ACCELERATOR_ROWS
 

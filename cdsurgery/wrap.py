@@ -40,8 +40,8 @@ def wrap(
         probability: in [0, 1], the share of rows that may leave the final layer.
         seed: for 0 < probability < 1; None draws one from torch's global generator.
         measure: "entropy", or "log_p_squared" as in the authors' published overlay.
-        scan: "full" for the entropies of all candidates, "lazy" for those alone that decide, "auto" for the cheaper one
-            when decoding (`logits_to_keep=1`, as in `generate`) and all of them otherwise.
+        scan: "full" for the entropies of all candidates, "lazy" for those alone that decide; "auto" is "full", but
+            inside of `generate` the cheaper of the two.
         anatomy: where the layers and the tail are, for a model in which they are not found; proven all the same.
 
     Returns:

@@ -140,7 +140,7 @@ def near(
 ) -> None:
     """Equal but for `tolerance` of the largest logit, also in nats; layers where all gaps exceed twice that.
 
-    A row of which one position is asked for is scanned lazily: no entropy behind the one that stopped the scan.
+    Steps of `generate` are scanned lazily: no entropy behind the one that stopped the scan.
     """
     tolerance *= float(final_logits.abs().max())
     torch.testing.assert_close(out.final_logits, final_logits, rtol=0, atol=tolerance)

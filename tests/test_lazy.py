@@ -114,21 +114,39 @@ def test_rows_that_are_asked_for_are_selected_as_among_all(scan: str, keep: Any,
 
 
 @torch.no_grad()
-def test_decoding_is_lazy_and_a_call_for_all_positions_measures_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_is_lazy_and_a_call_measures_all() -> None:
     model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
-    assert model.confident.scan == "auto"
-    assert not model(input_ids=IDS).entropy.isnan().any()
-    head, rows = model.lm_head, []
-    head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
-    out = model(input_ids=IDS, logits_to_keep=1)
-    assert out.entropy.isnan().any()
-    depth = LAYERS - out.selected_layer
-    assert sum(rows) == 3 + int((depth + 1).clamp(max=LOOKBACK).sum()) < 3 * (1 + LOOKBACK)
-    rows.clear()
     full = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="full")
+    assert model.confident.scan == "auto"
+    rows: list[int] = []
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(IDS, **options), full.generate(IDS, **options))
-    assert 12 * 3 * 2 <= sum(rows) < 12 * 3 * (1 + LOOKBACK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", counting(model, torch.nn.functional.linear, rows))
+        unembed = cdsurgery.head.few_rows_unembedding
+        patch.setattr(cdsurgery.head, "few_rows_unembedding", lambda *args: counted(unembed(*args), rows))
+        text = model.generate(IDS, **options)
+    assert torch.equal(text, full.generate(IDS, **options))
+    out = full(input_ids=text[:, :-1])
+    depth = (LAYERS - out.selected_layer)[:, IDS.shape[1] - 1 :]
+    assert sum(rows) == depth.numel() + int((depth + 1).clamp(max=LOOKBACK).sum()) < depth.numel() * (1 + LOOKBACK)
+    for keep in (0, 1):
+        assert not model(input_ids=IDS, logits_to_keep=keep).entropy.isnan().any()
+
+
+def counted(unembed: Any, rows: list[int]) -> Any:
+    """The same, noting how many rows it is given."""
+    return lambda state: (rows.append(state.shape[:-1].numel()), unembed(state))[1]
+
+
+def counting(model: Any, linear: Any, rows: list[int]) -> Any:
+    """`linear`, noting the rows that the model's head is given."""
+
+    def count(state: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        if weight is model.lm_head.weight:
+            rows.append(state.shape[:-1].numel())
+        return linear(state, weight, *bias)
+
+    return count
 
 
 def test_a_gradient_reaches_the_selected_layers_logits() -> None:
