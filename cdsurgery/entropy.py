@@ -41,8 +41,8 @@ def entropy(logits: Tensor) -> Tensor:
     e = torch.where(e == 0, 0.0, e + e * lost)
     s = e.sum(dim=-1)
     t = torch.where(e == 0, 0.0, e * u).sum(dim=-1)
-    # max - max is 0 for a finite maximum and NaN otherwise: a row with +inf must never look certain.
-    broken = (maximum - maximum).squeeze(-1)
+    # A row with +inf must never look certain. A comparison says so: graph compilers take max - max for 0.
+    broken = torch.where(maximum.abs() < float("inf"), 0.0, float("nan")).squeeze(-1)
     return _log1p(s) - t / (1 + s) + broken
 
 
