@@ -128,8 +128,9 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
     tracing = traceable_linear_attention(model, options.target)
-    # The one form of experts that fuses into ONNX Runtime's MoE operator, which only its CUDA provider has.
-    experts = use_experts_implementation(model, "batched_mm" if options.target == "cuda" else None)
+    # The form of experts without a histogram of tokens: it is what fuses into ONNX Runtime's MoE operator, and TensorRT
+    # has no ScatterElements that adds.
+    experts = use_experts_implementation(model, "batched_mm")
     with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, _quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)
