@@ -28,6 +28,7 @@ from cdsurgery.export.parity.report import Report as Report
 from cdsurgery.export.parity.verify import verify as verify
 from cdsurgery.export.runtime.runner import OnnxRunner as OnnxRunner
 from cdsurgery.export.runtime.runner import load as load
+from cdsurgery.export.tensorrt import head_to_tensorrt as head_to_tensorrt
 from cdsurgery.export.tensorrt import to_tensorrt as to_tensorrt
 
-__all__ = ["OnnxRunner", "Report", "graft", "load", "to_onnx", "to_tensorrt", "verify"]
+__all__ = ["OnnxRunner", "Report", "graft", "head_to_tensorrt", "load", "to_onnx", "to_tensorrt", "verify"]

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
@@ -27,15 +26,16 @@ from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import Manifest, check_files, describe_files, read_manifest
 from cdsurgery.export.artifact.staging import staged_folder
-from cdsurgery.export.signature import Signature
-from cdsurgery.export.tensorrt.build import build
+from cdsurgery.export.tensorrt.head import head_to_tensorrt as head_to_tensorrt
 from cdsurgery.export.tensorrt.log import Progress
-from cdsurgery.export.tensorrt.manifest import ENGINE_FILE, LOG_FILE, SCHEMA_VERSION, EngineManifest
+from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
 from cdsurgery.export.tensorrt.options import BuildOptions
 from cdsurgery.export.tensorrt.package import import_tensorrt
-from cdsurgery.export.tensorrt.profiles import CACHE_MEMORY, Profile, Size, decoder_profiles
+from cdsurgery.export.tensorrt.profiles import CACHE_MEMORY, Size, decoder_profiles
+from cdsurgery.export.tensorrt.session import EngineSession as EngineSession
+from cdsurgery.export.tensorrt.writing import write_engine
 
-__all__ = ["to_tensorrt"]
+__all__ = ["EngineSession", "head_to_tensorrt", "to_tensorrt"]
 
 # What only ONNX clients of an artifact read.
 _ONNX_ONLY = (GRAPH_FILE, f"{GRAPH_FILE}.data", "genai_config.json")
@@ -98,46 +98,6 @@ def to_tensorrt(
         changed = {"files": describe_files(aside), "parity": None, "not_for": {}}
         Manifest(**(vars(manifest) | changed)).write(aside)
     return Path(folder)
-
-
-def write_engine(
-    folder: Path,
-    trt: Any,
-    graph: Path,
-    signature: Signature,
-    profiles: Sequence[Profile],
-    options: BuildOptions,
-    onnx: Mapping[str, str],
-    timing_cache: Path | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Build a graph and write the engine, the log and the engine's manifest into a folder."""
-    built = build(trt, graph, signature, profiles, options, timing_cache=timing_cache, progress=progress)
-    (folder / LOG_FILE).write_text("\n".join(built.log) + "\n", encoding="utf-8")
-    with (folder / ENGINE_FILE).open("wb") as file:
-        file.write(built.plan)
-    EngineManifest(
-        schema_version=SCHEMA_VERSION,
-        package=trt.__name__,
-        version=trt.__version__,
-        gpu=this_gpu(),
-        targets=tuple(options.targets),
-        flags=tuple(options.flags()),
-        profiles=tuple(profiles),
-        signature=signature,
-        onnx=onnx,
-        build_seconds=round(built.seconds, 2),
-        peak_memory_bytes=built.peak_memory_bytes,
-        engine=describe_files(folder)[ENGINE_FILE],
-    ).write(folder)
-
-
-def this_gpu() -> str | None:
-    """The GPU that torch uses, with its compute capability: "NVIDIA H100 80GB HBM3 (9.0)"; None if it sees none."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} ({major}.{minor})"
 
 
 def _checked(source: Path) -> Manifest:

@@ -26,6 +26,7 @@ class EngineManifest:
         package, version: of TensorRT: "tensorrt" or "tensorrt_rtx".
         gpu: name and compute capability of the GPU that it was built on; None if it was built without one.
         targets: the architectures that it was built for; empty for what the package does by itself.
+        portable: whether an engine of TensorRT runs on other GPUs than the one it was built on.
         flags: builder flags that were on.
         profiles: in the order of the engine.
         signature: every input and output.
@@ -40,6 +41,7 @@ class EngineManifest:
     version: str
     gpu: str | None
     targets: tuple[str, ...]
+    portable: bool
     flags: tuple[str, ...]
     profiles: tuple[Profile, ...]
     signature: Signature

@@ -123,6 +123,33 @@ def decoder_profiles(
     )
 
 
+def head_profile(batch: Size, sequence: Size) -> Profile:
+    """The profile of a head alone.
+
+    Raises:
+        InvalidInputError: a size is no such number, or a minimum lies above its maximum.
+    """
+    axes = {BATCH: _range("batch", batch, 1, None), SEQUENCE: _range("sequence", sequence, 1, None)}
+    return Profile("head", axes)
+
+
+def fitting_profile(profiles: Sequence[Profile], lengths: Mapping[str, int]) -> int:
+    """The index of the profile that takes a run, the last that does: decode goes before prefill.
+
+    Raises:
+        InvalidInputError: none, with the axis that is out of range for each.
+    """
+    misfits = [profile.misfit(lengths) for profile in profiles]
+    fitting = [index for index, misfit in enumerate(misfits) if misfit is None]
+    if not fitting:
+        whys = "; ".join(f"{one.name}: {why}" for one, why in zip(profiles, misfits, strict=True))
+        raise InvalidInputError(
+            f"No profile of the engine takes this run ({whys}). Build it with larger sizes; a long prompt can also go "
+            "in chunks, with generate(..., prefill_chunk_size=...)."
+        )
+    return fitting[-1]
+
+
 def cache_bytes(signature: Signature) -> tuple[int, int]:
     """What a cache takes: bytes a token and row, and bytes a row whatever its tokens (states of linear attention)."""
     grown, fixed = 0, 0
