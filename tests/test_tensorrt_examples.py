@@ -68,3 +68,16 @@ def test_a_decode_feed_is_one_token_on_a_cache(speed: Any) -> None:
     outputs = runner.session.run(speed.decode_feed(runner.manifest.signature, 3, 9, "cpu"))
     assert outputs["present.0.key"].shape[2] == 10
     assert torch.isfinite(outputs["entropy"]).all()
+
+
+def test_the_table_of_families_is_whole_and_says_what_stopped_a_build(speed: Any) -> None:
+    from onnx_families import FAMILIES
+
+    lines = (
+        (ROOT / "docs" / "tensorrt.md").read_text().split("families: begin")[1].split("families: end")[0].splitlines()
+    )
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "builds" not in line]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    for row in rows:
+        for cell in row[1::2]:
+            assert " MB, " in cell or cell.startswith(("does not parse: ", "does not build: "))
