@@ -2,13 +2,14 @@
 # make test: linters, types and all tests that need no GPU.
 # make clients: tests of clients that need an older transformers than ours, in an environment of their own.
 # make families: docs/families.md anew, for the transformers that is installed.
+# make tensorrt-families: the table of docs/tensorrt.md anew, with the TensorRT that is installed.
 # All make their own virtual environments first; Python, make and pip are all they need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clients lint families clean
+.PHONY: demo test clients lint families tensorrt-families clean
 
 demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
@@ -23,6 +24,9 @@ clients: $(VENV)/ready .venv-optimum/ready
 families: $(VENV)/ready
 	$(BIN)/cdsurgery families --markdown > docs/families.md.new
 	mv docs/families.md.new docs/families.md
+
+tensorrt-families: $(VENV)/ready
+	$(BIN)/python examples/tensorrt_families.py --into docs/tensorrt.md
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

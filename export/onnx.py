@@ -9,12 +9,8 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,6 @@ from torch.export import Dim
 from transformers import PreTrainedTokenizerBase
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter, use_experts_implementation
-from transformers.utils import logging as transformers_logging
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE, write_client_files
@@ -35,6 +30,7 @@ from cdsurgery.export.graph.delta_rule import expand_delta_rule
 from cdsurgery.export.graph.linear_attention import traceable_linear_attention
 from cdsurgery.export.graph.precision import computing_model, narrow_weights_, providers_for
 from cdsurgery.export.graph.quantization import Scheme, quantizable, quantize
+from cdsurgery.export.graph.quiet import quiet
 from cdsurgery.export.graph.weights import multiply_in_place, name_weights
 from cdsurgery.export.options import GraphOptions, Positions, Scan, Target
 from cdsurgery.export.parity.verify import verify
@@ -136,29 +132,13 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
     tracing = traceable_linear_attention(model, options.target)
-    # The one form of experts that fuses into ONNX Runtime's MoE operator, which only its CUDA provider has.
-    experts = use_experts_implementation(model, "batched_mm" if options.target == "cuda" else None)
-    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, _quiet():
+    # The form of experts without a histogram of tokens: it is what fuses into ONNX Runtime's MoE operator, and TensorRT
+    # has no ScatterElements that adds.
+    experts = use_experts_implementation(model, "batched_mm")
+    with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)
     return program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the exporters print and log about themselves: what is wrong with a graph, running it shows."""
-    verbosity = transformers_logging.get_verbosity()
-    torch_logger = logging.getLogger("torch.onnx")
-    level = torch_logger.level
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        transformers_logging.set_verbosity_error()
-        torch_logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            torch_logger.setLevel(level)
 
 
 def _name(model: onnx_ir.Model, signature: Signature) -> None:
@@ -205,7 +185,7 @@ def _manifest(
     not_for: dict[str, str],
     quantization: dict[str, Any] | None,
 ) -> Manifest:
-    config = model.confident
+    config = replace(model.confident, scan="lazy" if options.scan == "lazy" else "full")
     return Manifest(
         schema_version=SCHEMA_VERSION,
         versions=maker_versions(),

@@ -35,8 +35,9 @@ def test_the_manifest_describes_the_artifact() -> None:
     fields = json.loads((artifact("llama") / "cdsurgery.json").read_text())
     assert fields["schema_version"] == 2
     assert (fields["model_type"], fields["layers"], fields["dtype"]) == ("llama", 4, "float32")
-    assert fields["confident"] == {"lookback": LOOKBACK, "probability": 1.0, "seed": None, "measure": "entropy"}
-    assert fields["options"] == {"positions": "last", "target": "portable", "upcast": False}
+    options = {"lookback": LOOKBACK, "probability": 1.0, "seed": None, "measure": "entropy", "scan": "full"}
+    assert fields["confident"] == options
+    assert fields["options"] == {"positions": "last", "target": "portable", "upcast": False, "scan": "static"}
     assert fields["versions"]["torch"] == torch.__version__
     assert fields["parity"]["passed"]
     assert fields["parity"]["rows"] > 100

@@ -32,7 +32,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from cdsurgery.export.graph.cache import build_cache
 from cdsurgery.export.graph.delta_rule import expand_delta_rule
 from cdsurgery.export.graph.linear_attention import CONVOLUTION, RULES, traceable_linear_attention
-from cdsurgery.export.onnx import _quiet
+from cdsurgery.export.graph.quiet import quiet
 from cdsurgery.export.options import Target
 
 TARGETS: tuple[Target, ...] = ("cpu", "portable")
@@ -58,7 +58,7 @@ def rule(request: Any) -> onnxruntime.InferenceSession:
     inputs = dict(zip(("query", "key", "value", "g", "beta", "state"), rule_inputs(2, 3), strict=True))
     shapes: dict[str, Any] = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in inputs} | {"state": {0: Dim.AUTO}}
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=20)
-    with torch.no_grad(), traceable_linear_attention(hybrid("qwen3_5_text"), request.param), _quiet():
+    with torch.no_grad(), traceable_linear_attention(hybrid("qwen3_5_text"), request.param), quiet():
         graph = OnnxExporter().export(Rule(), inputs, config=config).program
     expand_delta_rule(graph)
     return onnxruntime.InferenceSession(onnx_ir.to_proto(graph).SerializeToString())

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from artifacts import LOOKBACK, Client, artifact, padded, wrapped
+from engines import needs_rtx
 from families import algorithm_1, token_ids
 from torch import Tensor
 
@@ -142,6 +143,21 @@ def test_the_file_passes_the_checker_and_stores_every_weight_once(family: str) -
     parameters = sum(parameter.numel() * 4 for parameter in wrapped(family).parameters())
     size = sum(onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer)
     assert 0.9 * parameters < size < 1.02 * parameters + 65536
+
+
+@needs_rtx
+@every_family
+def test_tensorrt_reads_the_graph(family: str) -> None:
+    """Building takes too long for all of them; examples/tensorrt_families.py does it."""
+    import tensorrt_rtx as trt
+
+    network = trt.Builder(logger := trt.Logger(trt.Logger.ERROR)).create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(artifact(family) / "model.onnx")), parser.get_error(0).desc()
+    names = [network.get_output(index).name for index in range(network.num_outputs)]
+    assert names == Client(artifact(family)).outputs
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "gpt_oss", "qwen3_5_text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -107,14 +108,21 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
     return Manifest(**(fields | parsed))
 
 
-def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+def check_files(
+    folder: str | os.PathLike[str], manifest: Manifest, needed: Sequence[str] = (GRAPH_FILE, "config.json")
+) -> None:
     """Compare every file with the manifest.
+
+    Args:
+        folder: of the artifact, or of an engine made from it.
+        manifest: what it should hold.
+        needed: what it is nothing without.
 
     Raises:
         ArtifactError: a file is missing, is not a plain file of this folder, or was changed; or the manifest leaves out
-            what no artifact is without.
+            what is needed.
     """
-    if absent := [name for name in (GRAPH_FILE, "config.json") if name not in manifest.files]:
+    if absent := [name for name in needed if name not in manifest.files]:
         raise ArtifactError(
             f"The manifest of {folder} does not list {', '.join(absent)}, so nothing says what should be there. Make "
             "the artifact again."

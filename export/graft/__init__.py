@@ -60,7 +60,7 @@ def graft(
     """
     if positions not in ("last", "all"):
         raise InvalidInputError(f"positions is {positions!r}; it must be 'last' or 'all'.")
-    options = ConfidentConfig(lookback, probability, seed, measure)
+    options = ConfidentConfig(lookback, probability, seed, measure, scan="full")
     if options.probability == 0:
         raise InvalidInputError(
             "probability is 0, which is ordinary decoding: there is nothing to graft. Use a probability above 0."

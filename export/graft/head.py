@@ -21,7 +21,7 @@ from cdsurgery.entropy import MEASURES
 from cdsurgery.export.graft.flow import Flow
 from cdsurgery.export.graft.tail import Tail
 from cdsurgery.export.graph.decoder import kept_rows
-from cdsurgery.export.onnx import _quiet
+from cdsurgery.export.graph.quiet import quiet
 from cdsurgery.export.options import Positions
 from cdsurgery.trough import select
 
@@ -142,7 +142,7 @@ def trace_head(
         name: [torch.zeros(batch, length, width) for _ in range(count)]
         for name, count in (("entries", entries), ("states", int(head.config.lookback)))
     }
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             head,
             kwargs=typed | many,

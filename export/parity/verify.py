@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from cdsurgery.export.parity.dequantization import borrowed_weights
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
 from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale, scan_margin
 from cdsurgery.export.parity.routing import RoutingMargins
-from cdsurgery.export.runtime.runner import OnnxRunner, load
+from cdsurgery.export.runtime.runner import OnnxRunner, Runner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 
@@ -42,7 +42,7 @@ TEXTS_AT_ONCE = 16
 
 
 def verify(
-    artifact: str | os.PathLike[str] | OnnxRunner,
+    artifact: str | os.PathLike[str] | Runner,
     model: ConfidentHead,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
@@ -51,7 +51,7 @@ def verify(
     """Compare an artifact with the wrapped model it was made from.
 
     Args:
-        artifact: its folder, or an opened one.
+        artifact: its folder or that of an engine, or an opened one.
         model: wrapped with the options that the artifact was made with.
         prompts: token ids to decode greedily from; None takes a few random ones.
         new_tokens: to decode for each prompt.
@@ -63,10 +63,11 @@ def verify(
         InvalidInputError: the model is not wrapped, or with other options.
         ArtifactError: the artifact cannot be opened, or its quantised weights are not those of the model.
     """
-    runner = artifact if isinstance(artifact, OnnxRunner) else load(artifact)
+    runner = artifact if isinstance(artifact, Runner) else load(artifact)
     _check_options(runner, model)
     truth: Any = computing_model(model, runner.manifest.options)
-    with at_rest(truth), measuring_all(truth), borrowed_weights(runner.folder, truth) as borrowed:
+    borrowing = borrowed_weights(runner.folder, truth) if isinstance(runner, OnnxRunner) else nullcontext(())
+    with at_rest(truth), measuring_all(truth), borrowing as borrowed:
         report = _report(runner, truth, borrowed)
         _compare_rows(report, runner, truth)
         if runner.manifest.options.positions != "score":
@@ -94,7 +95,7 @@ def measuring_all(model: ConfidentHead) -> Iterator[None]:
         model.confident = config
 
 
-def _report(runner: OnnxRunner, truth: Any, borrowed: Collection[str]) -> AnyReport:
+def _report(runner: Runner, truth: Any, borrowed: Collection[str]) -> AnyReport:
     """An empty report of the kind that the artifact's arithmetic asks for."""
     made = runner.manifest
     if made.quantization is None or made.quantization["scheme"] != "int8":
@@ -110,7 +111,7 @@ def _wider(model: Any) -> Any:
     return copied
 
 
-def _check_options(runner: OnnxRunner, model: Any) -> None:
+def _check_options(runner: Runner, model: Any) -> None:
     if not isinstance(model, ConfidentHead):
         raise InvalidInputError(
             f"This {type(model).__name__} is not wrapped. Compare with what cdsurgery.wrap returned."
@@ -163,19 +164,19 @@ def _compare_shape(
         wanted = targets if _positions(found) == "score" else None
         projected = (kept[0], kept[1] - first)
         ours, theirs = _rows(sides[0], kept, wanted), _rows(sides[1], projected, wanted)
-        if isinstance(found, OnnxRunner) and found.manifest.options.scan == "lazy":
+        if isinstance(found, Runner) and found.manifest.options.scan == "lazy":
             ours[-1] = _with_unmeasured(ours[-1], theirs[-1], found.manifest.layers - ours[-2])
         report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[projected]), closest[kept])
         closest = closest[:, -1:]
 
 
 def _positions(model: Any) -> str:
-    return model.manifest.options.positions if isinstance(model, OnnxRunner) else "all"
+    return model.manifest.options.positions if isinstance(model, Runner) else "all"
 
 
 def _run(model: Any, inputs: dict[str, Tensor], cache: Any, targets: Tensor, rows: int = 0) -> Any:
     """Run an artifact, or a model that projects its last `rows` positions; 0 for all."""
-    if isinstance(model, OnnxRunner):
+    if isinstance(model, Runner):
         return model(**inputs, past_key_values=cache, targets=targets if _positions(model) == "score" else None)
     cache = DynamicCache(config=model.config) if cache is None else cache
     on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}

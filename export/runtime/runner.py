@@ -1,12 +1,15 @@
-"""An ONNX artifact -> a model that runs in ONNX Runtime: the same call, the same fields, `generate`."""
+"""An artifact or an engine -> a model that runs it: the same call, the same fields, `generate`.
+
+An artifact runs in ONNX Runtime, an engine in TensorRT; all but the session behind it is the same `Runner`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +22,11 @@ from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.graph.cache import build_cache, cache_states
 from cdsurgery.export.runtime.inputs import check_options, check_targets, decoder_inputs
+from cdsurgery.export.runtime.providers import tensorrt_providers
 from cdsurgery.export.runtime.session import Provider, Session
 from cdsurgery.export.signature import empty_past, torch_dtype
+from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
+from cdsurgery.export.tensorrt.session import EngineSession
 from cdsurgery.output import ConfidentOutput
 
 
@@ -37,31 +43,66 @@ class RunnerOutput(ConfidentOutput, CausalLMOutputWithPast):
     final_logprobs: Tensor | None = None
 
 
-def load(folder: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> OnnxRunner:
-    """Open an artifact, after comparing every file with its manifest.
+class AnySession(Protocol):
+    """What a runner needs of a session."""
+
+    device: torch.device
+
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once: a tensor for every input of the signature -> one for every output."""
+
+
+def load(
+    folder: str | os.PathLike[str],
+    providers: Sequence[Provider] | Literal["tensorrt"] | None = None,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cuda_graphs: bool = False,
+) -> Runner:
+    """Open an artifact or an engine, after comparing every file with its manifest.
 
     Args:
-        folder: what `to_onnx` wrote.
-        providers: ONNX Runtime execution providers in order of preference, each a name such as "CUDAExecutionProvider"
-            or a pair of a name and options; None means CPU.
+        folder: what `to_onnx`, `graft` or `to_tensorrt` wrote.
+        providers: for an artifact, ONNX Runtime execution providers in order of preference, each a name such as
+            "CUDAExecutionProvider" or a pair of a name and options; "tensorrt" for ONNX Runtime's TensorRT provider
+            with what it needs; None means CPU. An engine takes none.
+        cache: a folder where TensorRT keeps what it made for this machine, so that the next load is quick: engines and
+            timings with providers="tensorrt", the kernels that TensorRT-RTX compiled for an engine.
+        cuda_graphs: for an engine, replay decode steps as CUDA graphs. The cache then alternates between two memories:
+            a run overwrites what the run before the last one returned.
 
     Raises:
-        ArtifactError: it is missing, incomplete, changed, or of a newer schema.
-        InvalidInputError: a provider is not available.
+        ArtifactError: it is missing, incomplete, changed, or of a newer schema; an engine is of another TensorRT or for
+            another GPU.
+        InvalidInputError: a provider is not available, an option is for the other kind, or there is no GPU for an
+            engine.
+        SurgeryError: the TensorRT package of an engine is not installed.
     """
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    is_engine = ENGINE_FILE in manifest.files
+    check_files(folder, manifest, needed=(ENGINE_FILE if is_engine else GRAPH_FILE, "config.json"))
+    kept = None if cache is None else Path(cache)
+    if is_engine:
+        if providers is not None:
+            raise InvalidInputError(f"{folder} is an engine, which takes no providers. Leave them out.")
+        return EngineRunner(folder, manifest, cache=kept, cuda_graphs=cuda_graphs)
+    if cuda_graphs or (kept is not None and providers != "tensorrt"):
+        raise InvalidInputError(
+            f"{folder} is an ONNX artifact: cuda_graphs is for engines, and cache for engines or providers='tensorrt'."
+        )
+    if providers == "tensorrt":
+        providers = tensorrt_providers(Path(folder), manifest, kept)
     return OnnxRunner(folder, manifest, providers)
 
 
-class OnnxRunner(GenerationMixin):
-    """A decoder in ONNX Runtime behind the interface of a transformers model.
+class Runner(GenerationMixin):
+    """A decoder outside of PyTorch behind the interface of a transformers model.
 
     Attributes:
         config, generation_config: as the exported model had them.
         folder: of the artifact.
         manifest: what the artifact says of itself.
-        session: the graph, open in ONNX Runtime.
+        session: the graph or engine, open for running.
         device: where the session computes and the cache stays.
     """
 
@@ -71,18 +112,9 @@ class OnnxRunner(GenerationMixin):
     input_modalities = ("text",)
     _is_stateful = False
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        manifest: Manifest,
-        providers: Sequence[Provider] | None = None,
-        *,
-        weights_in_place: bool = False,
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, session: AnySession) -> None:
         path = Path(folder)
-        self.folder, self.manifest = path, manifest
-        self.session = Session(path / GRAPH_FILE, manifest.signature, providers, weights_in_place=weights_in_place)
-        self.device = self.session.device
+        self.folder, self.manifest, self.session, self.device = path, manifest, session, session.device
         self.dtype = torch.float32 if manifest.options.upcast else getattr(torch, manifest.dtype)
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -189,6 +221,41 @@ class OnnxRunner(GenerationMixin):
                 "the last one. Export with positions='all', or decode without an assistant."
             )
         return GenerationMixin._assisted_decoding(self, *arguments, **options)
+
+
+class OnnxRunner(Runner):
+    """An artifact in ONNX Runtime."""
+
+    session: Session
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        providers: Sequence[Provider] | None = None,
+        *,
+        weights_in_place: bool = False,
+    ) -> None:
+        graph = Path(folder) / GRAPH_FILE
+        super().__init__(
+            folder, manifest, Session(graph, manifest.signature, providers, weights_in_place=weights_in_place)
+        )
+
+
+class EngineRunner(Runner):
+    """An engine in TensorRT."""
+
+    session: EngineSession
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        cache: Path | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        super().__init__(folder, manifest, EngineSession(Path(folder), cache=cache, cuda_graphs=cuda_graphs))
 
 
 def _past_tensors(cache: Cache | None, wanted: int) -> list[Tensor]:

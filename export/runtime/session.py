@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.external_data import check_external_data
-from cdsurgery.export.signature import PAST, SEQUENCE, TOTAL, Signature
+from cdsurgery.export.runtime.lengths import axis_lengths, shape_of
+from cdsurgery.export.signature import Signature
 
 # As ONNX Runtime takes them: a name, or a name with options, for example {"device_id": 1}.
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -88,12 +89,12 @@ class Session:
         Raises:
             InvalidInputError: an input is missing or unknown, or its dtype, rank or size does not fit.
         """
-        lengths = self._lengths(feed)
+        lengths = axis_lengths(self.signature, feed)
         inputs = {name: tensor.to(self._place(tensor.dtype)).contiguous() for name, tensor in feed.items()}
         outputs = {}
         for spec in self.signature.outputs:
             dtype = getattr(torch, spec.dtype)
-            outputs[spec.name] = torch.empty(_shape(spec.axes, lengths), dtype=dtype, device=self._place(dtype))
+            outputs[spec.name] = torch.empty(shape_of(spec.axes, lengths), dtype=dtype, device=self._place(dtype))
         if self.device.type == "cuda":  # ONNX Runtime computes on a stream of its own, and waits for it at the end
             torch.cuda.current_stream(self.device).synchronize()
         binding, stand_ins = self._session.io_binding(), []
@@ -110,34 +111,6 @@ class Session:
     def _place(self, dtype: torch.dtype) -> torch.device:
         """Integers stay on the host: ONNX Runtime computes shapes and indices there, whatever the provider."""
         return self.device if dtype.is_floating_point else torch.device("cpu")
-
-    def _lengths(self, feed: Mapping[str, Tensor]) -> dict[str, int]:
-        """The size of every named axis, after holding each tensor against the signature."""
-        specs = self.signature.inputs
-        names = [spec.name for spec in specs]
-        if wrong := [*(name for name in names if name not in feed), *(name for name in feed if name not in names)]:
-            raise InvalidInputError(
-                f"Missing or unknown inputs: {', '.join(wrong)}. The graph takes {', '.join(names)}."
-            )
-        lengths: dict[str, int] = {}
-        for spec in specs:
-            for axis, size in zip(spec.axes, feed[spec.name].shape, strict=False):  # a wrong rank is said below
-                if isinstance(axis, str):
-                    lengths.setdefault(axis, size)
-        if PAST in lengths:  # else no state grows, and the mask alone knows how long the text is
-            lengths[TOTAL] = lengths[PAST] + lengths[SEQUENCE]
-        for spec in specs:
-            tensor, shape = feed[spec.name], _shape(spec.axes, lengths)
-            if list(tensor.shape) != shape or tensor.dtype != getattr(torch, spec.dtype):
-                raise InvalidInputError(
-                    f"{spec.name} has shape {list(tensor.shape)} and dtype {tensor.dtype}; with the other inputs as "
-                    f"they are it must be {shape}, [{', '.join(map(str, spec.axes))}], and torch.{spec.dtype}."
-                )
-        return lengths
-
-
-def _shape(axes: Sequence[str | int], lengths: Mapping[str, int]) -> list[int]:
-    return [axis if isinstance(axis, int) else lengths[axis] for axis in axes]
 
 
 def _checked(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:

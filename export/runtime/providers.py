@@ -1,0 +1,86 @@
+"""An artifact -> the options of ONNX Runtime's TensorRT providers for it: shapes, and where they keep what they made.
+
+Without shapes, TensorRT builds a new engine whenever a text is longer than any before it. With them one engine serves
+prefill and decode alike. https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from transformers import AutoConfig
+
+from cdsurgery.errors import ArtifactError, InvalidInputError
+from cdsurgery.export.artifact.manifest import Manifest
+from cdsurgery.export.runtime.session import Provider
+from cdsurgery.export.signature import SEQUENCE, Signature
+from cdsurgery.export.tensorrt.profiles import Profile, Range, decoder_profiles
+
+TENSORRT, TENSORRT_RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
+
+
+def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> list[Provider]:
+    """Providers for `load(..., providers="tensorrt")`: TensorRT, and CUDA and CPU for what it does not take.
+
+    Args:
+        folder: of the artifact.
+        manifest: of the artifact.
+        cache: a folder for engines and timings, made if it is not there; None keeps nothing.
+
+    Raises:
+        InvalidInputError: this ONNX Runtime has no TensorRT provider.
+        ArtifactError: the artifact's config cannot be read.
+    """
+    available = onnxruntime.get_available_providers()
+    makers: dict[str, Callable[[Signature, Profile, Path | None], dict[str, Any]]] = {
+        TENSORRT: tensorrt_options,
+        TENSORRT_RTX: tensorrt_rtx_options,
+    }
+    name = next((name for name in makers if name in available), None)
+    if name is None:
+        raise InvalidInputError(
+            f"providers is 'tensorrt', and this ONNX Runtime has {', '.join(available)}. Install onnxruntime-gpu (pip "
+            "install 'cdsurgery[gpu]') and TensorRT's libraries, or build an engine with export.to_tensorrt."
+        )
+    try:
+        context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"The config in {folder} cannot be read: {error} Make the artifact again.") from error
+    prefill, decode = decoder_profiles(manifest.signature, context)
+    # One profile for both, tuned for decoding.
+    both = Profile("both", {**decode.axes, SEQUENCE: Range(1, 1, prefill.axes[SEQUENCE].maximum)})
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+    others = [other for other in ("CUDAExecutionProvider", "CPUExecutionProvider") if other in available]
+    return [(name, makers[name](manifest.signature, both, cache)), *others]
+
+
+def tensorrt_options(signature: Signature, profile: Profile, cache: Path | None) -> dict[str, Any]:
+    """Options of TensorrtExecutionProvider."""
+    options = _shapes("trt_profile_{}_shapes", signature, profile)
+    if cache is not None:
+        options |= {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(cache),
+        }
+    return options
+
+
+def tensorrt_rtx_options(signature: Signature, profile: Profile, cache: Path | None) -> dict[str, Any]:
+    """Options of NvTensorRTRTXExecutionProvider, which measures nothing and keeps what it compiled."""
+    options = _shapes("nv_profile_{}_shapes", signature, profile)
+    return options if cache is None else options | {"nv_runtime_cache_path": str(cache)}
+
+
+def _shapes(option: str, signature: Signature, profile: Profile) -> dict[str, Any]:
+    """ "input_ids:1x1,attention_mask:1x1,..." for the smallest, the tuned and the largest shapes."""
+    shapes = {spec.name: profile.shapes(spec) for spec in signature.inputs}
+    return {
+        option.format(size): ",".join(f"{name}:{'x'.join(map(str, of[place]))}" for name, of in shapes.items())
+        for place, size in enumerate(("min", "opt", "max"))
+    }

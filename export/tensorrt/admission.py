@@ -1,0 +1,76 @@
+"""An engine's folder -> whether it may be opened here: its bytes, its TensorRT, its GPU."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from cdsurgery.errors import ArtifactError, InvalidInputError
+from cdsurgery.export.tensorrt.manifest import ENGINE_FILE, EngineManifest
+
+
+def read_plan(folder: Path, manifest: EngineManifest) -> bytes:
+    """The engine's bytes, after comparing them with the manifest.
+
+    Raises:
+        ArtifactError: they are missing, cut short or changed.
+    """
+    path, expected = folder / ENGINE_FILE, manifest.engine
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{path} is missing or not a plain file. Build the engine again.")
+    plan = path.read_bytes()
+    if len(plan) != expected["size"] or hashlib.sha256(plan).hexdigest() != expected["sha256"]:
+        raise ArtifactError(
+            f"{path} was changed after it was built: it has {len(plan)} bytes and should have {expected['size']}, or "
+            f"its sha256 is not {expected['sha256']}. An engine can hold any code, so it was not opened. "
+            "Build it again."
+        )
+    return plan
+
+
+def check_version(manifest: EngineManifest, version: str) -> None:
+    """Refuse an engine of another TensorRT.
+
+    Raises:
+        ArtifactError: the versions differ, and the engine was not built for later ones too.
+    """
+    if version == manifest.version:
+        return
+    later = _numbers(version) > _numbers(manifest.version)
+    if not ("VERSION_COMPATIBLE" in manifest.flags and later):
+        raise ArtifactError(
+            f"The engine was built by {manifest.package} {manifest.version}, and {version} is installed. Build it "
+            f"again, or install {manifest.package} {manifest.version}."
+        )
+
+
+def check_gpu(manifest: EngineManifest) -> None:
+    """Refuse a machine without a GPU, or with another one than the engine is for.
+
+    Raises:
+        InvalidInputError: torch sees no GPU.
+        ArtifactError: its GPU is another.
+    """
+    if not torch.cuda.is_available():
+        raise InvalidInputError(
+            f"An engine runs on an NVIDIA GPU, and this PyTorch ({torch.__version__}) sees none. Install a PyTorch "
+            "with CUDA and a driver, or run the ONNX artifact, which needs no GPU."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    found = f"{torch.cuda.get_device_name()} ({major}.{minor})"
+    if manifest.targets and f"SM{major}{minor}" not in manifest.targets:
+        raise ArtifactError(
+            f"The engine was built for {', '.join(manifest.targets)}, and this GPU is a {found}. Build it for "
+            f"targets=['SM{major}{minor}']."
+        )
+    if not manifest.targets and manifest.package == "tensorrt" and found != manifest.gpu and not manifest.portable:
+        raise ArtifactError(
+            f"The engine was tuned for a {manifest.gpu}, and this GPU is a {found}. Build it here, or with "
+            "hardware_compatible=True for every GPU from Ampere on."
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())

@@ -1,0 +1,29 @@
+"""Engines of tiny artifacts, built once a test run, where TensorRT-RTX is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import FOLDER, artifact
+
+from cdsurgery import export
+
+needs_rtx = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX: pip install 'cdsurgery[tensorrt-rtx]'"
+)
+RTX = "tensorrt_rtx"
+# One architecture is built faster than all of them; where there is a GPU, TensorRT-RTX builds for what it knows.
+TARGETS = () if torch.cuda.is_available() else ("SM89",)
+
+
+def engine(family: str, **options: Any) -> Path:
+    """The folder of an engine for SM89, or for the GPU that is here; `options` are those of `to_tensorrt`."""
+    folder = FOLDER / "-".join([family, *(f"{k}-{v}" for k, v in options.items()), "engine"])
+    wanted: dict[str, Any] = {"package": RTX, "batch": 4, "sequence": 32, "past": 95, "targets": TARGETS}
+    if not folder.exists():
+        export.to_tensorrt(artifact(family), folder, **(wanted | options))
+    return folder

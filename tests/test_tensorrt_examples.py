@@ -1,0 +1,83 @@
+"""The scripts that measure engines: what of them needs no GPU, and that the table in the documents is theirs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from artifacts import Client, artifact, wrapped
+from families import token_ids
+from transformers import AutoModelForCausalLM
+
+from cdsurgery import export
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def speed() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        import tensorrt_speed
+
+        yield tensorrt_speed
+        sys.modules.pop("tensorrt_speed", None)
+
+
+def test_the_roofline_is_that_of_the_written_one(speed: Any) -> None:
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(speed.CONFIGS["llama-3.1-8b"]())
+    assert round(sum(weight.numel() for weight in shapes.parameters()) / 1e9, 2) == 8.03
+    # Worked out by hand for an H200, context 4096, K = 10: the share of a step, to a digit.
+    for batch, share in ((8, 0.005), (32, 0.041), (128, 0.10)):
+        assert speed.extra_share(shapes, batch, 4096, 10) == pytest.approx(share, rel=0.2)
+    assert speed.extra_share(shapes, 1, 4096, 10) < 0.0015
+
+
+def test_configs_are_of_the_size_that_their_names_say(speed: Any) -> None:
+    for name, billions in (("qwen3-0.6b", 0.596), ("gpt-oss-20b", 20.9)):
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(speed.CONFIGS[name]())
+        assert sum(weight.numel() for weight in shapes.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+        assert 0 < speed.extra_share(shapes, 1, 1024, 10) < speed.extra_share(shapes, 128, 1024, 10) < 1
+
+
+def test_the_plain_artifact_projects_one_row_and_says_the_same(speed: Any, tmp_path: Path) -> None:
+    model = wrapped("llama")
+    plain = speed.plain_artifact(model, tmp_path / "plain")
+    assert model.confident.lookback == 2
+    whole, alone = Client(artifact("llama")), Client(plain)
+    assert alone.outputs == [name for name in whole.outputs if name not in ("logits", "selected_layer", "entropy")]
+    ids = token_ids(2, 5)
+    found, truth = alone(ids, torch.ones_like(ids)), whole(ids, torch.ones_like(ids))
+    # One row and three are summed in another order.
+    assert abs(found["final_logits"] - truth["final_logits"]).max() <= 1e-5 * abs(truth["final_logits"]).max()
+    graphs = [onnx.load(folder / "model.onnx", load_external_data=False).graph for folder in (plain, artifact("llama"))]
+    counts = [[node.op_type for node in graph.node] for graph in graphs]
+    assert counts[0].count("ArgMax") == 0 < counts[1].count("ArgMax")  # of the entropy
+    assert len(counts[0]) < len(counts[1])
+    export.load(plain)  # the manifest describes what was written
+
+
+def test_a_decode_feed_is_one_token_on_a_cache(speed: Any) -> None:
+    runner = export.load(artifact("llama"))
+    outputs = runner.session.run(speed.decode_feed(runner.manifest.signature, 3, 9, "cpu"))
+    assert outputs["present.0.key"].shape[2] == 10
+    assert torch.isfinite(outputs["entropy"]).all()
+
+
+def test_the_table_of_families_is_whole_and_says_what_stopped_a_build(speed: Any) -> None:
+    from onnx_families import FAMILIES
+
+    lines = (
+        (ROOT / "docs" / "tensorrt.md").read_text().split("families: begin")[1].split("families: end")[0].splitlines()
+    )
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "builds" not in line]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    for row in rows:
+        for cell in row[1::2]:
+            assert " MB, " in cell or cell.startswith(("does not parse: ", "does not build: "))

@@ -1,0 +1,298 @@
+"""Engines at run time: what may be opened, which profile takes a run, where the cache lies; on a GPU, what they say."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from artifacts import artifact, wrapped
+from engines import engine, needs_rtx
+from families import token_ids
+from torch import Tensor
+
+from cdsurgery import ArtifactError, InvalidInputError, export
+from cdsurgery.export.artifact.manifest import read_manifest
+from cdsurgery.export.runtime.lengths import axis_lengths
+from cdsurgery.export.runtime.providers import TENSORRT, TENSORRT_RTX
+from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, TensorSpec, empty_past
+from cdsurgery.export.tensorrt.admission import check_gpu, check_version
+from cdsurgery.export.tensorrt.manifest import EngineManifest
+from cdsurgery.export.tensorrt.profiles import Range, cache_bytes, decoder_profiles, fitting_profile
+from cdsurgery.export.tensorrt.steps import DecodeSteps
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a PyTorch with CUDA")
+CPU = torch.device("cpu")
+
+
+def gpu(test: Any) -> Any:
+    return pytest.mark.gpu(NO_GPU(needs_rtx(test)))
+
+
+def signature(layers: int = 2, linear: bool = False) -> Signature:
+    """A decoder of so many layers with 2 heads of 4, and one of linear attention if asked for."""
+    inputs = [
+        TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
+        TensorSpec("attention_mask", "int64", (BATCH, TOTAL)),
+        TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),
+    ]
+    outputs = [TensorSpec("logits", "float32", (BATCH, 1, 5)), TensorSpec("selected_layer", "int64", (BATCH, 1))]
+    for layer in range(layers):
+        inputs.append(TensorSpec(f"past_key_values.{layer}.key", "float16", (BATCH, 2, PAST, 4)))
+        outputs.append(TensorSpec(f"present.{layer}.key", "float16", (BATCH, 2, TOTAL, 4)))
+    if linear:
+        inputs.append(TensorSpec(f"past.{layers}.recurrent", "float32", (BATCH, 2, 4, 4)))
+        outputs.append(TensorSpec(f"present.{layers}.recurrent", "float32", (BATCH, 2, 4, 4)))
+    return Signature(tuple(inputs), tuple(outputs))
+
+
+def feed(made: Signature, batch: int, past: int, new: int = 1) -> dict[str, Tensor]:
+    tensors = {
+        "input_ids": token_ids(batch, new),
+        "attention_mask": torch.ones(batch, past + new, dtype=torch.int64),
+        "position_ids": torch.full((batch, new), past),
+    }
+    states = zip(made.past, empty_past(made, batch, past), strict=True)
+    return tensors | {spec.name: torch.randn(tensor.shape).to(tensor.dtype) for spec, tensor in states}
+
+
+def test_profiles_follow_from_the_context_and_the_memory_of_the_cache() -> None:
+    made = signature(linear=True)
+    token, fixed = cache_bytes(made)
+    assert (token, fixed) == (2 * 2 * 4 * 2, 2 * 4 * 4 * 4)  # two layers of float16; one state of float32
+    for memory, batch, tokens in (
+        (1 << 30, 8, 4096),
+        (2 * 4 * (4096 * token + fixed), 4, 4096),
+        (2 * 4 * (4096 * token + fixed) - 1, 2, 4096),
+        (2 * (100 * token + fixed), 1, 100),
+        (2 * (100 * token + fixed) - 1, 1, 99),
+    ):
+        prefill, decode = decoder_profiles(made, 4096, cache_memory=memory)
+        assert decode.axes[BATCH] == Range(1, batch, batch)
+        assert decode.axes[PAST].maximum == prefill.axes[PAST].maximum == tokens - 1
+        assert decode.axes[SEQUENCE] == Range(1, 1, 1)
+        assert prefill.axes[SEQUENCE] == Range(1, 128, 1024)
+        assert 2 * batch * (tokens * token + fixed) <= memory
+    with pytest.raises(InvalidInputError, match=r"not one token fits into cache_memory=100\. Give more"):
+        decoder_profiles(made, 4096, cache_memory=100)
+    _, decode = decoder_profiles(made, 4096, batch=16, cache_memory=2 * 16 * (10 * token + fixed))
+    assert (decode.axes[BATCH].maximum, decode.axes[PAST].maximum) == (16, 9)
+    _, decode = decoder_profiles(made, None, past=(5, 6, 7), batch=3, cache_memory=1)  # nothing left to derive
+    assert (decode.axes[PAST], decode.axes[BATCH]) == (Range(5, 6, 7), Range(1, 3, 3))
+
+
+def test_shapes_of_a_profile_are_those_that_inputs_have() -> None:
+    made = signature(linear=True)
+    for profile in decoder_profiles(made, 64, batch=(2, 3, 4), sequence=(1, 5, 9), past=(0, 6, 20)):
+        places = zip(*(profile.shapes(spec) for spec in made.inputs), strict=True)
+        for place, shapes in zip(("minimum", "optimum", "maximum"), places, strict=True):
+            of = {axis: getattr(size, place) for axis, size in profile.axes.items()}
+            truth = feed(made, of[BATCH], of[PAST], of[SEQUENCE])
+            assert [list(tensor.shape) for tensor in truth.values()] == list(shapes)
+
+
+def test_a_run_goes_to_the_narrowest_profile_that_takes_it() -> None:
+    profiles = decoder_profiles(signature(), 64, batch=4, sequence=8, past=20)
+    for batch, past, new, index in ((1, 0, 8, 0), (4, 20, 8, 0), (4, 20, 1, 1), (1, 0, 1, 1)):
+        assert fitting_profile(profiles, axis_lengths(signature(), feed(signature(), batch, past, new))) == index
+    for batch, past, new, message in (
+        (5, 0, 1, "decode: batch is 5 and may be 1 to 4"),
+        (1, 0, 9, "prefill: sequence is 9 and may be 1 to 8; .*prefill_chunk_size"),
+        (1, 21, 1, "past is 21 and may be 0 to 20"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            fitting_profile(profiles, axis_lengths(signature(), feed(signature(), batch, past, new)))
+
+
+def steps(made: Signature) -> DecodeSteps:
+    _, decode = decoder_profiles(made, 64, batch=3, past=20)
+    return DecodeSteps(made, decode, CPU, captures=True)
+
+
+def test_decode_steps_keep_every_address_and_copy_the_cache_once() -> None:
+    made = signature(linear=True)
+    memory, given = steps(made), feed(made, 2, 5)
+    addresses: dict[int, dict[str, int]] = {}
+    for past in range(5, 12):
+        lengths = axis_lengths(made, given)
+        inputs, outputs = memory.bound(given, lengths)
+        for name, tensor in given.items():
+            assert torch.equal(inputs[name], tensor), name
+        if past > 5:  # what the step before wrote is read where it lies
+            assert all(inputs[spec.name].data_ptr() == given[spec.name].data_ptr() for spec in made.past)
+        for spec in made.outputs:  # what is written does not lie where something is read
+            written = outputs[spec.name]
+            assert all(written.data_ptr() != tensor.data_ptr() for tensor in inputs.values())
+            assert written.is_contiguous()
+            written.copy_(torch.randn(written.shape).to(written.dtype))
+        addresses[past] = {name: tensor.data_ptr() for name, tensor in (inputs | outputs).items()}
+        cache = {a.name: outputs[b.name] for a, b in zip(made.past, made.present, strict=True)}
+        given = {name: tensor for name, tensor in feed(made, 2, past + 1).items() if name not in cache} | cache
+    # A text that comes to the same length later finds the same addresses: that is what a captured graph needs.
+    assert addresses[5] == addresses[7] == addresses[9]
+    assert addresses[6] == addresses[8]
+    again, _ = memory.bound(feed(made, 2, 7), axis_lengths(made, feed(made, 2, 7)))
+    assert {name: tensor.data_ptr() for name, tensor in again.items()}.items() <= addresses[7].items()
+
+
+def test_a_cache_that_was_overwritten_is_refused() -> None:
+    made = signature()
+    memory, first = steps(made), feed(made, 1, 4)
+    _, outputs = memory.bound(first, axis_lengths(made, first))
+    old = feed(made, 1, 5) | {a.name: outputs[b.name] for a, b in zip(made.past, made.present, strict=True)}
+    _, outputs = memory.bound(old, axis_lengths(made, old))
+    with pytest.raises(InvalidInputError, match="past_key_values are of an earlier step"):
+        memory.bound(old, axis_lengths(made, old))
+    copied = {name: tensor.clone() for name, tensor in old.items()}  # as beam search does when it reorders
+    memory.bound(copied, axis_lengths(made, copied))
+
+
+@needs_rtx
+def test_an_engine_is_opened_only_as_it_was_built(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        assert export.load(engine("llama")).device.type == "cuda"
+    else:
+        with pytest.raises(InvalidInputError, match=r"runs on an NVIDIA GPU, and this PyTorch .* sees none"):
+            export.load(engine("llama"))
+    with pytest.raises(InvalidInputError, match="is an engine, which takes no providers"):
+        export.load(engine("llama"), providers=["CPUExecutionProvider"])
+    with pytest.raises(InvalidInputError, match="is an engine already"):
+        export.to_tensorrt(engine("llama"), tmp_path / "engine")
+    plan = (engine("llama") / "model.engine").read_bytes()
+    flipped = bytearray(plan)
+    flipped[len(plan) // 2] ^= 1
+    for content in (plan[:-1], bytes(flipped), b""):
+        folder = shutil.copytree(engine("llama"), tmp_path / str(len(content)), dirs_exist_ok=True)
+        (folder / "model.engine").write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"model\.engine was changed after"):
+            export.load(folder)
+        with pytest.raises(ArtifactError, match=r"model\.engine was changed after it was built"):
+            export.tensorrt.session.EngineSession(folder)  # which a head's folder is opened with
+    (folder / "model.engine").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.engine, which the manifest lists, is missing"):
+        export.load(folder)
+
+
+@needs_rtx
+def test_manifests_of_another_schema_or_none_are_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(engine("llama"), tmp_path / "engine")
+    said = json.loads((folder / "engine.json").read_text())
+    for content, message in (
+        (json.dumps(said | {"schema_version": 99}), "has schema version 99; this cdsurgery reads version 1"),
+        (json.dumps({"schema_version": 1}), "is not an engine's manifest"),
+        ("{", "is not an engine's manifest"),
+    ):
+        (folder / "engine.json").write_text(content)
+        with pytest.raises(ArtifactError, match=message):
+            export.tensorrt.session.EngineSession(folder)
+    (folder / "engine.json").unlink()
+    with pytest.raises(ArtifactError, match="holds no engine"):
+        export.tensorrt.session.EngineSession(folder)
+
+
+def manifest(**changes: Any) -> EngineManifest:
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(EngineManifest)}
+    said = {"package": "tensorrt", "version": "10.9.0", "targets": (), "flags": (), "portable": False, "gpu": "A (8.0)"}
+    return EngineManifest(**(fields | said | changes))
+
+
+def test_another_version_of_tensorrt_is_refused_unless_it_is_later_and_may_be() -> None:
+    lasting = manifest(flags=("VERSION_COMPATIBLE",))
+    check_version(manifest(), "10.9.0")
+    check_version(lasting, "10.10.0")
+    for made, version in ((manifest(), "10.10.0"), (manifest(), "10.8.0"), (lasting, "10.8.0")):
+        with pytest.raises(ArtifactError, match=rf"built by tensorrt 10\.9\.0, and {version} is installed"):
+            check_version(made, version)
+
+
+def test_another_gpu_is_refused_where_the_engine_is_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as here:
+        here.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(InvalidInputError, match="sees none"):
+            check_gpu(manifest())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    for fine in (
+        manifest(),
+        manifest(gpu="B (8.9)", portable=True),
+        manifest(package="tensorrt_rtx", gpu=None),
+        manifest(package="tensorrt_rtx", gpu=None, targets=("SM80", "SM89")),
+    ):
+        check_gpu(fine)
+    with pytest.raises(ArtifactError, match=r"tuned for a B \(8\.0\), and this GPU is a A \(8\.0\)"):
+        check_gpu(manifest(gpu="B (8.0)"))
+    with pytest.raises(ArtifactError, match=r"built for SM89, and this GPU is a A \(8\.0\)\. .*\['SM80'\]"):
+        check_gpu(manifest(package="tensorrt_rtx", targets=("SM89",)))
+
+
+def test_onnx_runtimes_tensorrt_provider_gets_shapes_and_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = artifact("llama"), []
+    if TENSORRT not in onnxruntime.get_available_providers():
+        with pytest.raises(InvalidInputError, match=r"providers is 'tensorrt', and this ONNX Runtime has .*CPU"):
+            export.load(folder, providers="tensorrt")
+    for options in ({"cache": tmp_path}, {"cuda_graphs": True}):
+        with pytest.raises(InvalidInputError, match="is an ONNX artifact: cuda_graphs is for engines"):
+            export.load(folder, **options)
+    monkeypatch.setattr(export.runtime.runner, "OnnxRunner", lambda *arguments: given.append(arguments[2]))
+    for provider, prefix in ((TENSORRT, "trt"), (TENSORRT_RTX, "nv")):
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda name=provider: [name, "CPUExecutionProvider"]
+        )
+        export.load(folder, providers="tensorrt", cache=tmp_path / prefix)
+        (name, options), *others = given.pop()
+        assert (name, others) == (provider, ["CPUExecutionProvider"])
+        assert (tmp_path / prefix).is_dir()
+        assert next(value for key, value in options.items() if key.endswith("_path")) == str(tmp_path / prefix)
+        shapes = [options[f"{prefix}_profile_{size}_shapes"].split(",") for size in ("min", "opt", "max")]
+        names = [spec.name for spec in read_manifest(folder).signature.inputs]
+        for size in shapes:
+            assert [entry.split(":")[0] for entry in size] == names
+        assert [size[0] for size in shapes] == ["input_ids:1x1", "input_ids:8x1", "input_ids:8x128"]
+        assert [size[1] for size in shapes] == [f"attention_mask:{of}" for of in ("1x1", "8x64", "8x255")]
+        assert shapes[0][3] == "past_key_values.0.key:1x2x0x16"
+    export.load(folder, providers="tensorrt")
+    assert not [key for key in given.pop()[0][1] if "cache" in key]
+
+
+@gpu
+def test_on_a_gpu_an_engine_agrees_with_the_model() -> None:
+    report = export.verify(engine("llama"), copy.deepcopy(wrapped("llama")).to("cuda"))
+    assert report.passed, str(report)
+
+
+@gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_on_a_gpu_generate_gives_the_tokens_of_pytorch_and_the_cache_stays(graphs: bool, tmp_path: Path) -> None:
+    runner = export.load(engine("llama"), cache=tmp_path, cuda_graphs=graphs)
+    ids = token_ids(2, 5)
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
+        truth = wrapped("llama").generate(ids, max_new_tokens=12, **options)
+        for _ in range(2):  # captured, then replayed
+            assert torch.equal(runner.generate(ids.cuda(), max_new_tokens=12, **options).cpu(), truth)
+    out = runner(ids.cuda())
+    assert {layer.keys.device.type for layer in out.past_key_values.layers} == {"cuda"}
+    with pytest.raises(InvalidInputError, match="batch is 5 and may be 1 to 4"):
+        runner(token_ids(5, 2).cuda())
+    runner.session.keep_compiled()
+    assert list(tmp_path.iterdir())
+
+
+@gpu
+def test_on_a_gpu_the_cache_of_a_replayed_step_is_refused_once_it_is_overwritten() -> None:
+    runner = export.load(engine("llama"), cuda_graphs=True)
+    ids = token_ids(1, 4).cuda()
+    first = runner(ids[:, :1], past_key_values=runner(ids).past_key_values)
+    second = runner(ids[:, :1], past_key_values=first.past_key_values)
+    assert math.isfinite(float(second.entropy.sum()))
+    with pytest.raises(InvalidInputError, match="of an earlier step"):
+        runner(ids[:, :1], past_key_values=first.past_key_values)
