@@ -6,11 +6,12 @@
     export.graft("model.onnx", "artifact/")       # the same on a decoder that is an ONNX file already
     runner = export.load("artifact/")             # ONNX Runtime: same call, same fields, .generate()
     print(export.verify("artifact/", model))      # parity with PyTorch, row by row
+    export.to_triton("artifact/", "repository/", name="my-llm")  # text from Triton Inference Server
 
 Where to look: `options` (what can be asked for), `signature` (the names and shapes that everything else follows),
 `onnx` (from a model to a folder), and the rooms: `graph` (what is traced, and what is done to it), `artifact` (the
 files of the folder), `runtime` (running it), `parity` (comparing it with the model), `graft` (the same for a foreign
-file).
+file), `triton` (serving it).
 """
 
 from importlib.util import find_spec
@@ -27,5 +28,7 @@ from cdsurgery.export.parity.report import Report as Report
 from cdsurgery.export.parity.verify import verify as verify
 from cdsurgery.export.runtime.runner import OnnxRunner as OnnxRunner
 from cdsurgery.export.runtime.runner import load as load
+from cdsurgery.export.triton.options import ServingOptions as ServingOptions
+from cdsurgery.export.triton.repository import to_triton as to_triton
 
-__all__ = ["OnnxRunner", "Report", "graft", "load", "to_onnx", "verify"]
+__all__ = ["OnnxRunner", "Report", "ServingOptions", "graft", "load", "to_onnx", "to_triton", "verify"]
