@@ -25,6 +25,7 @@ TYPES = {
     "int32": "TYPE_INT32",
     "bool": "TYPE_BOOL",
 }
+WARM_UP_FILE = "text_input"  # below the folder `warmup` of the model
 STEP_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
 
@@ -50,10 +51,9 @@ def text_config(name: str, options: ServingOptions) -> str:
         "instance_group": [_instances(options)],
     }
     if options.warm_up:
-        tensors = [
-            _warm_up_tensor("text_input", "TYPE_STRING", {"input_data_file": "text_input"}),
-        ]
-        fields["model_warmup"] = [{"name": "first request", "batch_size": 1, "inputs": tensors}]
+        text = {"data_type": Word("TYPE_STRING"), "dims": [1], "input_data_file": WARM_UP_FILE}
+        first = {"name": "first request", "batch_size": 1, "inputs": {"key": "text_input", "value": text}}
+        fields["model_warmup"] = [first]
     return _message(fields)
 
 
@@ -84,10 +84,6 @@ def _instances(options: ServingOptions) -> dict[str, Any]:
         resources = [{"name": key, "count": count} for key, count in sorted(options.rate_limit.items())]
         group["rate_limiter"] = {"resources": resources}
     return group
-
-
-def _warm_up_tensor(key: str, kind: str, source: Mapping[str, Any]) -> dict[str, Any]:
-    return {"key": key, "value": {"data_type": Word(kind), "dims": [1]} | source}
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:

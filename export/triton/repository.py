@@ -26,7 +26,7 @@ from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import NAME as MANIFEST
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.signature import TensorSpec
-from cdsurgery.export.triton.config import STEP_FILES, step_config, text_config
+from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config
 from cdsurgery.export.triton.options import ServingOptions
 from cdsurgery.export.triton.serving import settings as serving
 
@@ -121,7 +121,7 @@ def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest,
         (folder / "warmup").mkdir()
         # Triton's form of a string in a file: its length in four bytes before it.
         text = b"a"
-        (folder / "warmup" / "text_input").write_bytes(len(text).to_bytes(4, "little") + text)
+        (folder / "warmup" / WARM_UP_FILE).write_bytes(len(text).to_bytes(4, "little") + text)
     for module in sorted(files(serving.__package__).iterdir(), key=lambda entry: entry.name):
         if module.name.endswith(".py"):
             (version / module.name).write_bytes(module.read_bytes())
@@ -198,7 +198,9 @@ def _given(value: Any, default: float) -> Any:
 
 def _end_tokens(generation: GenerationConfig, config: Any) -> tuple[int, ...]:
     """The ids that end a text, as `generate` uses them: the generation config goes first."""
-    found = _given(generation.eos_token_id, getattr(config, "eos_token_id", None))
+    found: Any = generation.eos_token_id
+    if found is None:
+        found = getattr(config, "eos_token_id", None)
     if found is None:
         return ()
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)

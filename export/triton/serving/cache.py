@@ -55,11 +55,14 @@ def regroup(groups: Sequence[Rows], growing: Sequence[int | None]) -> list[Array
         for group in groups:
             state, rows = group.states[index], slice(row, row + len(group.kept))
             row = rows.stop
+            kept: Any = np.asarray(group.kept)
             if axis is None:
-                whole[rows] = state[list(group.kept)]
+                whole[rows] = state[kept]
             else:
-                shared = min(width, state.shape[axis])
-                whole[(rows, *_last(axis, shared))] = state[(list(group.kept), *_last(axis, shared))]
+                columns = _last(axis, min(width, state.shape[axis]))
+                into: Any = (rows, *columns)
+                out: Any = (kept, *columns)
+                whole[into] = state[out]
         joined.append(whole)
     return joined
 

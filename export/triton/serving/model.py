@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils  # the server brings it
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 from .decoder import Decoder, OrtDecoder
 from .errors import RequestError
 from .metrics import TritonMetrics
-from .request import INPUTS, encode_prompt, parse_request
+from .request import encode_prompt, parse_request
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .settings import TOKENIZER, check_files, read_settings

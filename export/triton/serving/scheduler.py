@@ -201,7 +201,7 @@ class Scheduler:
         if not self._running:
             return
         lengths = [sequence.length for sequence in self._running]
-        # The cache is as wide as its longest row: who leaves takes its columns along at the next join, which is now past.
+        # The cache is as wide as its longest row: the columns of those that left went with them in `_join`.
         mask, positions = mask_and_positions(lengths, max(lengths), 1)
         ids = np.array([sequence.newest for sequence in self._running], np.int64)[:, None]
         tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
