@@ -1,4 +1,4 @@
-"""The repository that `to_triton` writes, in a running tritonserver: the texts are those of `export.load(..).generate`."""
+"""What `to_triton` writes, in a running tritonserver: the texts are those of `export.load(..).generate`."""
 
 from __future__ import annotations
 

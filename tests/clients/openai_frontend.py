@@ -2,9 +2,9 @@
 
     python openai_frontend.py SERVER/python/openai/openai_frontend < jobs
 
-The frontend runs inside the server's process, through a Python package that no index carries. So its module `tritonserver`
-is stood in for by one whose model hands back the request, and everything else is the frontend's own: its schema with its
-defaults, and the conversion that it chooses for this backend. A job is the JSON of a POST to /v1/completions.
+The frontend runs inside the server's process, through a package `tritonserver` that no index carries. A stand-in takes
+its place, whose model hands back the request; everything else is the frontend's own: its schema with its defaults, and
+the conversion that it chooses for this backend. A job is the JSON of a POST to /v1/completions.
 """
 
 import json

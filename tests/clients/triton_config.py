@@ -1,4 +1,4 @@
-"""Run by the Python of `.venv-triton`: a config.pbtxt on stdin -> the same as JSON, through Triton's protobuf classes."""
+"""Run by the Python of `.venv-triton`: config.pbtxt on stdin -> JSON, through Triton's protobuf classes."""
 
 import sys
 

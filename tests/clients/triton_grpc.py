@@ -1,9 +1,9 @@
 """Run by the Python of `.venv-triton`: jobs as JSON on stdin -> what tritonclient's gRPC stream returned, on stdout.
 
-A job is {"model", "form", "fields"}. The form "kserve" sends what is named and nothing else; "openai" sends a request as
-Triton's OpenAI frontend makes it for every backend but vLLM's (python/openai/openai_frontend/engine/utils/triton.py,
-_create_trtllm_generate_request): every value in an array `[1, 1]`, both counts asked for. All jobs are sent before the
-first answer is read.
+A job is {"model", "form", "fields"}. The form "kserve" sends what is named and nothing else; "openai" sends a request
+as Triton's OpenAI frontend makes it for every backend but vLLM's (_create_trtllm_generate_request in
+python/openai/openai_frontend/engine/utils/triton.py): every value in an array `[1, 1]`, both counts asked for. All jobs
+are sent before the first answer is read.
 """
 
 import json
