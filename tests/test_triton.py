@@ -29,12 +29,13 @@ from cdsurgery.export.artifact.manifest import describe_files
 from cdsurgery.trace import trace_generation
 
 TINY = ROOT / "examples" / "tiny_lm"
+BEGINNINGS = ("def ", "class ", "import ", "    return ", "self.", "# ", "raise ", "for i in ")
+ENDINGS = ("get", "_name", "None", "read(", "x", "value", "os", "test", "self", "error", "str", "is ", "len(", "data")
+PROMPTS = [f"{beginning}{ending}" for beginning in BEGINNINGS[:6] for ending in ENDINGS[:4]]
 NEW = 32
-PROMPTS = [
-    f"{beginning}{ending}"
-    for beginning in ("def ", "class ", "import ", "    return ", "self.", "# ")
-    for ending in ("get", "_name", "None", "read(")
-]
+if "TRITON_ALL_PROMPTS" in os.environ:  # what the documentation reports: minutes
+    PROMPTS = [f"{b}{e}" for b in (*BEGINNINGS, "if ", "with ") for e in (*ENDINGS, "a", "1", "_", "i", "open(", "[")]
+    NEW = 64
 LONG = "def f(x):\n    return x\n" * 60  # several chunks of prompt
 PYTHON = ENVIRONMENT / "bin" / "python"
 

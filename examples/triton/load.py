@@ -105,8 +105,12 @@ def run(address: str, model: str, concurrency: int, seconds: float, tokens: int,
     }
 
 
-def cancel(address: str, model: str, count: int, at_once: int = 64) -> dict:
-    """Begin streams of many tokens and go away: half of them at once, half after the first piece."""
+def cancel(address: str, model: str, count: int, at_once: int = 16) -> dict:
+    """Begin streams of many tokens and go away: half of them at once, half after the first piece.
+
+    Args:
+        at_once: no more than the model has slots, or the first piece waits for an answer to end.
+    """
     body = json.dumps({"text_input": "import ", "max_tokens": 1000, "stream": True}).encode()
     head = f"POST /v2/models/{model}/generate_stream HTTP/1.1\r\nHost: {address}\r\nContent-Length: {len(body)}\r\n\r\n"
     host, _, port = address.partition(":")
