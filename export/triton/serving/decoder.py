@@ -62,6 +62,9 @@ class OrtDecoder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.intra_op_num_threads = settings.threads
+        # Threads that spin between two steps take the cores from the server, which then cannot send what is ready: on
+        # two cores, 16 streams at a time got 443 tokens/s with spinning and 869 without.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = "CUDAExecutionProvider" if device[0] == "cuda" else "CPUExecutionProvider"
         chosen = [(provider, {"device_id": device[1]} if device[0] == "cuda" else {})]
         try:

@@ -11,7 +11,7 @@ class RequestError(Exception):
     """Ends one request and no other.
 
     Attributes:
-        code: of Triton's error codes; over HTTP "INVALID_ARG" is a 400 and "UNAVAILABLE" a 503.
+        code: of Triton's error codes; gRPC passes it on, `/generate` of Triton 2.51 answers 400 for all.
     """
 
     def __init__(self, code: Code, message: str) -> None:
