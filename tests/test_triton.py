@@ -110,7 +110,6 @@ def repository(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     export.to_triton(beyond, folder, name="beyond")
     spoiled = changed_artifact(artifact, place / "nan", spoil_weights)
     export.to_triton(spoiled, folder, name="nan", options=options(warm_up=False))
-    export.to_triton(spoiled, folder, name="nan_warm")
     export.to_triton(artifact, folder, name="through", options=options(step="onnxruntime", bls=True))
     return folder
 
@@ -322,12 +321,6 @@ def test_ids_beyond_the_model_and_weights_that_are_no_numbers_end_their_request(
     assert (status, "token id 4096" in answer["error"]) == (400, True)
     status, answer = server.post("/v2/models/nan/generate", {"text_input": "def "})
     assert (status, answer["error"]) == (400, "The model's logits are NaN or infinite.")
-
-
-def test_the_first_request_finds_weights_that_are_no_numbers_before_the_model_is_ready(server: Server) -> None:
-    status, answer = server.post("/v2/repository/models/nan_warm/load")
-    assert status == 400
-    assert "failed to run warmup sample 'first request': The model's logits are NaN or infinite." in answer["error"]
 
 
 def test_a_full_queue_and_waiting_too_long_are_errors_with_reasons(server: Server) -> None:
