@@ -1,5 +1,5 @@
 # make demo: the small model in this repository decodes a text, in PyTorch and in ONNX Runtime.
-# make test: linters, types and all tests that need no GPU.
+# make test: linters, types and all tests that need no GPU. A Triton server, from PyPI, runs in one of them.
 # make clients: tests of clients that need an older transformers than ours, in an environment of their own.
 # make families: docs/families.md anew, for the transformers that is installed.
 # make tensorrt-families: the table of docs/tensorrt.md anew, with the TensorRT that is installed.
@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
 
 # A file is one worker's, since what takes long, exporting a model, is done once a file.
-test: lint
+test: lint .venv-triton/ready
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 clients: $(VENV)/ready .venv-optimum/ready
@@ -38,10 +38,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
 
+.venv-triton/ready: tests/clients/triton.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --requirement tests/clients/triton.txt
+	touch $@
+
 .venv-optimum/ready: tests/clients/optimum.txt
 	$(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/pip install --quiet --requirement tests/clients/optimum.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-optimum .venv-triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

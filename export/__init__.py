@@ -7,11 +7,12 @@
     export.to_tensorrt("artifact/", "engine/")    # a TensorRT engine of it
     runner = export.load("artifact/")             # ONNX Runtime: same call, same fields, .generate()
     print(export.verify("artifact/", model))      # parity with PyTorch, row by row
+    export.to_triton("artifact/", "repository/", name="my-llm")  # text from Triton Inference Server
 
 Where to look: `options` (what can be asked for), `signature` (the names and shapes that everything else follows),
 `onnx` (from a model to a folder), and the rooms: `graph` (what is traced, and what is done to it), `artifact` (the
 files of the folder), `runtime` (running it), `parity` (comparing it with the model), `graft` (the same for a foreign
-file), `tensorrt` (engines of it).
+file), `tensorrt` (engines of it), `triton` (serving it).
 """
 
 from importlib.util import find_spec
@@ -30,5 +31,18 @@ from cdsurgery.export.runtime.runner import OnnxRunner as OnnxRunner
 from cdsurgery.export.runtime.runner import load as load
 from cdsurgery.export.tensorrt import head_to_tensorrt as head_to_tensorrt
 from cdsurgery.export.tensorrt import to_tensorrt as to_tensorrt
+from cdsurgery.export.triton.options import ServingOptions as ServingOptions
+from cdsurgery.export.triton.repository import to_triton as to_triton
 
-__all__ = ["OnnxRunner", "Report", "graft", "head_to_tensorrt", "load", "to_onnx", "to_tensorrt", "verify"]
+__all__ = [
+    "OnnxRunner",
+    "Report",
+    "ServingOptions",
+    "graft",
+    "head_to_tensorrt",
+    "load",
+    "to_onnx",
+    "to_tensorrt",
+    "to_triton",
+    "verify",
+]

@@ -63,7 +63,10 @@ def source_files() -> dict[str, Path]:
 
 
 FILES = source_files()
+# What is copied into a Triton repository runs there without this package, under another name.
+SERVING = "cdsurgery.export.triton.serving"
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+COPIED = {TREES[name] for name in FILES if name.startswith(f"{SERVING}.")}
 # The modules of cdsurgery/*.py, which stand alone: those of its subpackages build on them.
 CORE = [name for name, path in FILES.items() if path.parent == ROOT / "cdsurgery"]
 
@@ -74,9 +77,11 @@ def imports(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"line {node.lineno}: relative import"
-            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in FILES else node.module for name in submodules)
+            relative = tree in COPIED and node.level == 1
+            assert (node.level == 0 or relative) and node.module, f"line {node.lineno}: relative import"
+            module = f"{SERVING}.{node.module}" if relative else node.module
+            submodules = [f"{module}.{alias.name}" for alias in node.names]
+            yield from (name if name in FILES else module for name in submodules)
 
 
 def is_inside(name: str, package: str) -> bool:
@@ -134,6 +139,15 @@ def test_the_core_knows_neither_the_exporters_nor_the_command_line(name: str) ->
 @pytest.mark.parametrize("name", [name for name in FILES if is_inside(name, "cdsurgery.export")])
 def test_the_exporters_do_not_know_the_command_line(name: str) -> None:
     assert not [imported for imported in imports(TREES[name]) if is_inside(imported, "cdsurgery.cli")]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(f"{SERVING}.")])
+def test_what_runs_in_triton_imports_its_neighbours_by_relative_names_and_little_else(name: str) -> None:
+    absolute = [node.module for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    assert not [module for module in absolute if module and is_inside(module, "cdsurgery")]
+    roots = {imported.partition(".")[0] for imported in imports(TREES[name])}
+    allowed = {"numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils", "cdsurgery"}
+    assert roots - sys.stdlib_module_names <= allowed
 
 
 def test_modules_depend_on_each_other_without_a_cycle() -> None:

@@ -15,7 +15,17 @@ from cdsurgery.cli.screen import Screen
 from cdsurgery.errors import SurgeryError
 from cdsurgery.version import __version__
 
-COMMANDS = ("demo", "inspect", "families", "generate", "export onnx", "export graft", "export tensorrt", "verify")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "families",
+    "generate",
+    "export onnx",
+    "export graft",
+    "export tensorrt",
+    "export triton",
+    "verify",
+)
 GROUPS = {"export": "write a model with its layer selection for another runtime"}
 
 GOOD, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

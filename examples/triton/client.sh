@@ -1,0 +1,13 @@
+#!/bin/sh
+# Ask a model of a Triton server for text with curl: in one piece, as a stream, and from the final layer.
+#   sh examples/triton/client.sh my-llm
+set -e
+models=http://127.0.0.1:8000/v2/models
+
+curl -sS "$models/$1/generate" -d '{"text_input": "def read(self, size=None):", "max_tokens": 32}'
+echo
+curl -sSN "$models/$1/generate_stream" \
+    -d '{"text_input": "import ", "max_tokens": 16, "stream": true, "stop_words": ["\n"]}'
+curl -sS "$models/$1/generate" \
+    -d '{"text_input": "def read(self, size=None):", "max_tokens": 32, "confident": false, "return_layers": true}'
+echo

@@ -1,0 +1,30 @@
+"""Ask a model of a Triton server for text over HTTP: in one piece, then as a stream. Needs Python and nothing else.
+
+python examples/triton/client_http.py my-llm "def read(self, size=None):"
+"""
+
+import json
+import sys
+import urllib.request
+
+URL = "http://127.0.0.1:8000/v2/models"
+
+
+def post(path: str, **fields: object) -> urllib.request.Request:
+    """A POST of JSON."""
+    return urllib.request.Request(f"{URL}/{path}", json.dumps(fields).encode())
+
+
+model, prompt = sys.argv[1:]
+
+with urllib.request.urlopen(post(f"{model}/generate", text_input=prompt, max_tokens=32, return_layers=True)) as answer:
+    document = json.load(answer)
+print(prompt + document["text_output"])
+print("layers:", document["selected_layer"])
+
+print(prompt, end="")
+with urllib.request.urlopen(post(f"{model}/generate_stream", text_input=prompt, max_tokens=32, stream=True)) as events:
+    for line in events:
+        if line.startswith(b"data: "):
+            print(json.loads(line[6:])["text_output"], end="", flush=True)
+print()

@@ -1,0 +1,264 @@
+"""An artifact -> folders of a Triton model repository, which `tritonserver` starts as they are.
+
+1. Check: the artifact's hashes, that it has logits and a tokenizer, that the name is a name.
+2. Write aside: a version folder with the artifact, the serving code and `serving.json`, and `config.pbtxt`.
+3. Move into place: a version folder that is already the same stays untouched.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
+from cdsurgery.export.artifact.clients import GRAPH_FILE
+from cdsurgery.export.artifact.external_data import check_external_data
+from cdsurgery.export.artifact.manifest import NAME as MANIFEST
+from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
+from cdsurgery.export.signature import TensorSpec
+from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config
+from cdsurgery.export.triton.options import ServingOptions
+from cdsurgery.export.triton.serving import settings as serving
+
+ARTIFACT = "artifact"
+# A letter or digit first; no separators, so that a name is never a path and never hidden.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+# Text that a tokenizer could cut otherwise in the server than here.
+PROBE = "def f(x):\n    return x  # \N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN} 1234\n"
+
+
+def to_triton(
+    artifact: str | os.PathLike[str],
+    repository: str | os.PathLike[str],
+    *,
+    name: str,
+    options: ServingOptions | None = None,
+    engine: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write a model that serves an artifact as text into a Triton model repository.
+
+    Args:
+        artifact: what `to_onnx` or `graft` wrote, with a tokenizer.
+        repository: a folder; it is made if its parent exists. Other models in it stay as they are.
+        name: of the model; what this function wrote under that name before is replaced.
+        options: how to serve it; None for the defaults of `ServingOptions`.
+        engine: a TensorRT plan of this artifact's graph, for `step="tensorrt"`.
+
+    Returns:
+        The folder of the model, `repository/name`.
+
+    Raises:
+        InvalidInputError: the name is not a name, or options do not fit each other or the model.
+        ArtifactError: the artifact is incomplete or changed, has no tokenizer, or a folder of that name is not ours.
+        UnsupportedModelError: its graph returns no logits, or keeps its cache in a dtype that numpy does not have.
+    """
+    options = ServingOptions() if options is None else options
+    source, target = Path(artifact), Path(repository).absolute()
+    if not MODEL_NAME.fullmatch(name) or ".." in name:
+        raise InvalidInputError(
+            f"The model name is {name!r}; it must be letters, digits, '_', '-' and single dots, and begin with a "
+            "letter or digit: it becomes the name of a folder and part of a URL."
+        )
+    if (engine is None) != (options.step != "tensorrt"):
+        raise InvalidInputError("engine and step='tensorrt' belong together: a plan of this artifact's graph.")
+    manifest = read_manifest(source)
+    check_files(source, manifest)
+    check_external_data(source / GRAPH_FILE)
+    _check_servable(source, manifest, options)
+    with _workplace(target) as aside:
+        models = {name: aside / name}
+        _write_text_model(aside / name, name, source, manifest, options)
+        if options.step is not None:
+            models[f"{name}_step"] = aside / f"{name}_step"
+            _write_step_model(aside, f"{name}_step", source, manifest, options, engine)
+        for folder in models:
+            _check_ours(target / folder)
+        for folder, written in models.items():
+            _move(written, target / folder, aside)
+    return Path(repository) / name
+
+
+def _check_servable(source: Path, manifest: Manifest, options: ServingOptions) -> None:
+    if manifest.options.positions == "score":
+        raise UnsupportedModelError(
+            "This artifact was made with positions='score' and returns no logits to choose a token from. Export the "
+            "model again with positions='last'."
+        )
+    if "tokenizer.json" not in manifest.files:
+        raise ArtifactError(
+            f"{source} has no tokenizer.json, and a server of text needs one. Export the model again with tokenizer=."
+        )
+    if odd := sorted({spec.dtype for spec in manifest.signature.past} - {"float32", "float16"}):
+        raise UnsupportedModelError(
+            f"The cache of this artifact is {', '.join(odd)}, which numpy does not have, so requests cannot join a "
+            "batch. Export the model with upcast=True or in float16."
+        )
+    from tokenizers import Tokenizer
+
+    cut = AutoTokenizer.from_pretrained(source, trust_remote_code=False)(PROBE)["input_ids"]
+    if (alone := Tokenizer.from_file(str(source / "tokenizer.json")).encode(PROBE).ids) != cut:
+        raise UnsupportedModelError(
+            f"tokenizer.json by itself cuts {PROBE!r} into {alone}, and transformers into {cut}. The server has only "
+            "the file, so its text would differ."
+        )
+
+
+def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest, options: ServingOptions) -> None:
+    version = folder / str(options.version)
+    version.mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(text_config(name, options), encoding="utf-8")
+    if options.warm_up:
+        (folder / "warmup").mkdir()
+        # Triton's form of a string in a file: its length in four bytes before it.
+        text = b"a"
+        (folder / "warmup" / WARM_UP_FILE).write_bytes(len(text).to_bytes(4, "little") + text)
+    for module in sorted(files(serving.__package__).iterdir(), key=lambda entry: entry.name):
+        if module.name.endswith(".py"):
+            (version / module.name).write_bytes(module.read_bytes())
+    graph = {GRAPH_FILE, *(entry for entry in manifest.files if entry.startswith(f"{GRAPH_FILE}."))}
+    (version / ARTIFACT).mkdir()
+    for entry in sorted([*manifest.files, MANIFEST]):
+        if not (options.bls and entry in graph):
+            shutil.copyfile(source / entry, version / ARTIFACT / entry)
+    settings = _settings(source, manifest, options, f"{name}_step", version)
+    (version / serving.NAME).write_text(settings.to_json(), encoding="utf-8")
+
+
+def _write_step_model(
+    aside: Path,
+    name: str,
+    source: Path,
+    manifest: Manifest,
+    options: ServingOptions,
+    engine: str | os.PathLike[str] | None,
+) -> None:
+    assert options.step is not None
+    version = aside / name / str(options.version)
+    version.mkdir(parents=True)
+    (aside / name / "config.pbtxt").write_text(step_config(name, manifest.signature, options), encoding="utf-8")
+    if engine is not None:
+        try:
+            shutil.copyfile(engine, version / STEP_FILES[options.step])
+        except OSError as error:
+            raise InvalidInputError(f"The engine {engine} cannot be read: {error}.") from error
+        return
+    for entry in sorted(manifest.files):
+        if entry == GRAPH_FILE or not entry.endswith((".json", ".jinja", ".txt", ".model")):
+            shutil.copyfile(source / entry, version / entry)
+
+
+def _settings(source: Path, manifest: Manifest, options: ServingOptions, step: str, version: Path) -> serving.Settings:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+    generation = GenerationConfig.from_pretrained(source)
+    context = options.context or getattr(config, "max_position_embeddings", None)
+    if context is None:
+        raise InvalidInputError("The model's config names no max_position_embeddings. Say how many tokens: context=.")
+    if (most := getattr(config, "max_position_embeddings", None)) is not None and context > most:
+        raise InvalidInputError(f"context is {context}; the model has {most} positions.")
+    signature = manifest.signature
+    return serving.Settings(
+        layers=manifest.layers,
+        vocabulary=next(int(spec.axes[-1]) for spec in signature.results if spec.name == "logits"),
+        context=context,
+        end_tokens=_end_tokens(generation, config),
+        tokens=_tensors(signature.tokens),
+        past=_tensors(signature.past),
+        present=_tensors(signature.present),
+        temperature=float(_given(generation.temperature, 1.0)) if generation.do_sample else 0.0,
+        top_p=float(_given(generation.top_p, 1.0)),
+        top_k=int(_given(generation.top_k, 0)),
+        default_max_tokens=min(options.max_tokens, context - 1),
+        slots=options.slots,
+        chunk=options.chunk,
+        queue=options.queue,
+        queue_timeout_seconds=options.queue_timeout_seconds,
+        request_timeout_seconds=options.request_timeout_seconds,
+        threads=options.threads,
+        step_model=step if options.bls else None,
+        files={
+            path.relative_to(version).as_posix(): {"sha256": serving.sha256(path), "size": path.stat().st_size}
+            for path in sorted((version / ARTIFACT).iterdir())
+        },
+    )
+
+
+def _given(value: Any, default: float) -> Any:
+    return default if value is None else value
+
+
+def _end_tokens(generation: GenerationConfig, config: Any) -> tuple[int, ...]:
+    """The ids that end a text, as `generate` uses them: the generation config goes first."""
+    found: Any = generation.eos_token_id
+    if found is None:
+        found = getattr(config, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
+def _tensors(specs: tuple[TensorSpec, ...]) -> tuple[serving.Tensor, ...]:
+    return tuple(serving.Tensor(spec.name, spec.dtype, spec.axes) for spec in specs)
+
+
+@contextmanager
+def _workplace(repository: Path) -> Iterator[Path]:
+    """A folder beside the repository, where a server that polls it does not look, on the same file system."""
+    if repository.exists() and not repository.is_dir():
+        raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
+    if not repository.parent.is_dir():
+        raise ArtifactError(f"The folder {repository.parent}, in which {repository.name} was to be made, is missing.")
+    aside = Path(tempfile.mkdtemp(prefix=f".{repository.name}-", dir=repository.parent))
+    try:
+        yield aside
+    except OSError as error:
+        raise ArtifactError(f"{repository} could not be written: {error}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_ours(place: Path) -> None:
+    """Refuse to touch a model that something else wrote."""
+    if place.is_symlink() or (place.exists() and not (place / "config.pbtxt").is_file()):
+        raise ArtifactError(f"{place} exists and is not a model folder that this wrote. Choose another name.")
+    if not place.exists():
+        return
+    ours = [*place.glob(f"*/{serving.NAME}"), *(place.glob("*/model.onnx")), *(place.glob("*/model.plan"))]
+    if not ours:
+        raise ArtifactError(f"{place} is a model that something else wrote. Choose another name.")
+
+
+def _move(written: Path, place: Path, aside: Path) -> None:
+    """Bring a model folder to its place; what is there already with the same bytes stays as it is."""
+    if not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        os.replace(written, place)
+        return
+    # The version first: a server that polls must not see a config for files that are not there yet.
+    for entry in sorted(written.iterdir(), key=lambda path: path.name == "config.pbtxt"):
+        there = place / entry.name
+        if _same(entry, there):
+            continue
+        if there.is_dir():
+            os.replace(there, aside / f"old-{place.name}-{entry.name}")
+        os.replace(entry, there)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files, or two folders with all that is in them, are equal byte for byte."""
+    if one.is_dir() and other.is_dir():
+        names = {path.name for path in one.iterdir()}
+        caches = {"__pycache__"}  # the server's Python writes them
+        return names == {path.name for path in other.iterdir()} - caches and all(
+            _same(one / name, other / name) for name in names
+        )
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)

@@ -1,0 +1,78 @@
+"""Logits of one row -> the next token: penalties, temperature, top-k, top-p, and a generator of the request's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the largest.
+        top_p: in [0, 1]; keeps the most probable tokens until they have this probability together, at least one
+            (nucleus sampling, https://arxiv.org/abs/1904.09751).
+        top_k: keeps this many of the largest; 0 keeps all (https://arxiv.org/abs/1805.04833).
+        frequency_penalty, presence_penalty: subtracted from the logit of every generated token, the first once for each
+            time it was generated (https://platform.openai.com/docs/api-reference/completions).
+        seed: of the draws; None for another one every time.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+
+
+class Sampler:
+    """The choices of one request, which no other request in the batch has a part in."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+        self._counts: Counter[int] = Counter()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the largest logit is the choice, so that one argmax serves all rows of a batch."""
+        return self.options.temperature == 0 and not self._penalised
+
+    @property
+    def _penalised(self) -> bool:
+        return self.options.frequency_penalty != 0 or self.options.presence_penalty != 0
+
+    def choose(self, logits: NDArray[Any]) -> int:
+        """The next token of logits `[V]`, all of them finite or -inf."""
+        options = self.options
+        scores = logits.astype(np.float64)
+        if self._counts:
+            seen = np.fromiter(self._counts.keys(), np.int64)
+            counts = np.fromiter(self._counts.values(), np.float64)
+            scores[seen] -= options.frequency_penalty * counts + options.presence_penalty
+        token = int(scores.argmax()) if options.temperature == 0 else self._draw(scores)
+        if self._penalised:
+            self._counts[token] += 1
+        return token
+
+    def _draw(self, scores: NDArray[np.float64]) -> int:
+        options = self.options
+        kept = np.arange(len(scores))
+        if 0 < options.top_k < len(scores):
+            kept = np.argpartition(scores, -options.top_k)[-options.top_k :]
+        # The largest first, equal ones by id, so that the order does not hang on how they were found.
+        kept = kept[np.lexsort((kept, -scores[kept]))]
+        largest = scores[kept[0]]
+        weights = np.exp((scores[kept] - largest) / options.temperature)  # the first is 1
+        sums = np.cumsum(weights)
+        if options.top_p < 1:
+            sums = sums[: 1 + int(np.searchsorted(sums, options.top_p * sums[-1], side="left"))]
+        place = np.searchsorted(sums, self._random.random() * sums[-1], side="right")
+        return int(kept[min(place, len(sums) - 1)])

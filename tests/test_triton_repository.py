@@ -1,0 +1,201 @@
+"""What `to_triton` writes: byte-exact configs, the same bytes again, and nothing where it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import exit_code
+from triton_server import ENVIRONMENT, ROOT
+
+from cdsurgery import export
+from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
+from cdsurgery.export.signature import Signature, TensorSpec
+from cdsurgery.export.triton.config import step_config, text_config
+
+GOLDEN = ROOT / "tests" / "golden"
+PYTHON = ENVIRONMENT / "bin" / "python"
+GPU = export.ServingOptions(
+    kind="gpu", gpus=(0, 1), instances=2, warm_up=False, rate_limit={"memory": 2, "bus": 1}, step="tensorrt"
+)
+
+
+# A layer of linear attention and one with keys and values, in two dtypes: every kind of axis there is.
+SIGNATURE = Signature(
+    inputs=(
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("attention_mask", "int64", ("batch", "total")),
+        TensorSpec("position_ids", "int64", ("batch", "sequence")),
+        TensorSpec("past.0.conv", "float16", ("batch", 128, 3)),
+        TensorSpec("past.0.recurrent", "float32", ("batch", 4, 16, 16)),
+        TensorSpec("past_key_values.1.key", "float16", ("batch", 2, "past", 16)),
+        TensorSpec("past_key_values.1.value", "float16", ("batch", 2, "past", 16)),
+    ),
+    outputs=(
+        TensorSpec("logits", "float32", ("batch", 1, 256)),
+        TensorSpec("final_logits", "float32", ("batch", 1, 256)),
+        TensorSpec("selected_layer", "int64", ("batch", 1)),
+        TensorSpec("entropy", "float32", ("batch", 1, 3)),
+        TensorSpec("present.0.conv", "float16", ("batch", 128, 3)),
+        TensorSpec("present.0.recurrent", "float32", ("batch", 4, 16, 16)),
+        TensorSpec("present.1.key", "float16", ("batch", 2, "total", 16)),
+        TensorSpec("present.1.value", "float16", ("batch", 2, "total", 16)),
+    ),
+)
+
+
+@pytest.fixture
+def servable(shown: tuple[Path, Any]) -> Path:
+    """An artifact with a tokenizer."""
+    return shown[0]
+
+
+def configs() -> dict[str, str]:
+    return {
+        "text": text_config("my-llm", export.ServingOptions()),
+        "text_gpu": text_config("my-llm", GPU),
+        "step": step_config("my-llm_step", SIGNATURE, export.ServingOptions(step="onnxruntime")),
+        "step_gpu": step_config("my-llm_step", SIGNATURE, GPU),
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["text", "text_gpu", "step", "step_gpu"])
+def test_configs_are_these_bytes(name: str) -> None:
+    assert configs()[name] == (GOLDEN / f"{name}.pbtxt").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="make test builds the environment .venv-triton")
+@pytest.mark.parametrize("name", ["text", "text_gpu", "step", "step_gpu"])
+def test_tritons_own_protobuf_reads_every_field(name: str) -> None:
+    text = (GOLDEN / f"{name}.pbtxt").read_text(encoding="utf-8")
+    script = ROOT / "tests" / "clients" / "triton_config.py"
+    done = subprocess.run([PYTHON, "-I", script], input=text, capture_output=True, text=True, check=True)
+    config = json.loads(done.stdout)
+    if name.startswith("text"):
+        assert config["model_transaction_policy"] == {"decoupled": True}
+        assert [entry["name"] for entry in config["input"] if not entry.get("optional")] == ["text_input"]
+    else:
+        assert [entry["name"] for entry in config["input"]] == [spec.name for spec in SIGNATURE.inputs]
+        assert [entry["name"] for entry in config["output"]] == [spec.name for spec in SIGNATURE.outputs]
+        for entry, spec in zip(config["input"] + config["output"], SIGNATURE.inputs + SIGNATURE.outputs, strict=True):
+            assert [int(size) for size in entry["dims"]] == [s if isinstance(s, int) else -1 for s in spec.axes]
+    if name.endswith("gpu"):
+        (group,) = config["instance_group"]
+        assert (group["kind"], group["count"], group["gpus"]) == ("KIND_GPU", 2, [0, 1])
+        assert group["rate_limiter"]["resources"] == [{"name": "bus", "count": 1}, {"name": "memory", "count": 2}]
+
+
+def test_a_second_time_changes_no_byte_and_no_time_and_other_options_change_the_model(
+    servable: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    (repository / "another").mkdir(parents=True)
+    (repository / "another" / "config.pbtxt").write_text("of somebody else")
+    export.to_triton(servable, repository, name="tiny")
+    first, times = contents(repository), {path: path.stat().st_mtime_ns for path in repository.rglob("*")}
+    (repository / "tiny" / "1" / "__pycache__").mkdir()  # as the server leaves it
+    assert export.to_triton(servable, repository, name="tiny") == repository / "tiny"
+    assert contents(repository) == first
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items() if path.name != "1")
+
+    export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(slots=3))
+    changed = {name for name, data in contents(repository).items() if first.get(name) != data}
+    assert changed == {"tiny/1/serving.json"}
+    export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(version=2))
+    assert {path.name for path in (repository / "tiny").iterdir()} == {"1", "2", "config.pbtxt", "warmup"}
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"], "something was left behind"
+
+
+def test_the_artifact_inside_is_the_artifact(servable: Path, tmp_path: Path) -> None:
+    export.to_triton(servable, tmp_path / "repository", name="tiny")
+    assert contents(tmp_path / "repository" / "tiny" / "1" / "artifact") == contents(servable)
+
+
+def test_through_a_step_model_the_graph_is_there_once(servable: Path, tmp_path: Path) -> None:
+    options = export.ServingOptions(step="onnxruntime", bls=True)
+    export.to_triton(servable, tmp_path / "repository", name="tiny", options=options)
+    found = [path.relative_to(tmp_path / "repository") for path in (tmp_path / "repository").rglob("model.onnx*")]
+    assert sorted(map(str, found)) == ["tiny_step/1/model.onnx", "tiny_step/1/model.onnx.data"]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "", ".hidden", "a..b", "/abs", "x" * 200, "a\n", "é"])
+def test_names_that_are_like_paths_are_refused(servable: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInputError, match="model name"):
+        export.to_triton(servable, tmp_path / "repository", name=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_somebody_else_wrote_is_not_replaced(servable: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "repository" / "tiny"
+    (theirs / "1").mkdir(parents=True)
+    (theirs / "config.pbtxt").write_text('name: "tiny"')
+    with pytest.raises(ArtifactError, match="something else wrote"):
+        export.to_triton(servable, tmp_path / "repository", name="tiny")
+    assert contents(tmp_path / "repository") == {"tiny/config.pbtxt": b'name: "tiny"'}
+
+
+def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    mute = tmp_path / "mute"
+    shutil.copytree(servable, mute)
+    manifest = json.loads((mute / "cdsurgery.json").read_text())
+    del manifest["files"]["tokenizer.json"]
+    (mute / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
+        export.to_triton(mute, repository, name="a")
+    manifest["options"]["positions"] = "score"
+    (mute / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.raises(UnsupportedModelError, match="returns no logits"):
+        export.to_triton(mute, repository, name="a")
+    broken = tmp_path / "broken"
+    shutil.copytree(servable, broken)
+    (broken / "model.onnx.data").write_bytes(b"cut short")
+    with pytest.raises(ArtifactError, match="was changed after"):
+        export.to_triton(broken, repository, name="a")
+    assert not repository.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"slots": 0}, "slots is 0; it must be a whole number of at least 1"),
+        ({"chunk": True}, "chunk is True"),
+        ({"kind": "tpu"}, "kind is 'tpu'; it must be one of 'cpu', 'gpu'"),
+        ({"gpus": (0,)}, "Ask for kind='gpu'"),
+        ({"bls": True}, "say for which backend"),
+        ({"queue_timeout_seconds": 0}, "must be a number of seconds above 0"),
+        ({"rate_limit": {"memory": 0}}, "whole number of at least 1"),
+    ],
+)
+def test_options_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        export.ServingOptions(**fields)
+
+
+def test_a_context_beyond_the_models_and_a_plan_without_its_backend_are_refused(servable: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="the model has 128 positions"):
+        export.to_triton(servable, tmp_path / "r", name="a", options=export.ServingOptions(context=129))
+    with pytest.raises(InvalidInputError, match="belong together"):
+        export.to_triton(servable, tmp_path / "r", name="a", engine=servable / "model.onnx")
+
+
+def test_the_command_writes_what_the_function_writes(
+    servable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--slots", "4", "--queue-timeout-seconds", "2.5", "--rate-limit", "memory=2", "--step", "onnxruntime"]
+    arguments = ["export", "triton", str(servable), str(tmp_path / "command"), "--name", "tiny", *options, "--json"]
+    assert exit_code(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["models"] == ["tiny", "tiny_step"]
+    same = export.ServingOptions(slots=4, queue_timeout_seconds=2.5, rate_limit={"memory": 2}, step="onnxruntime")
+    export.to_triton(servable, tmp_path / "function", name="tiny", options=same)
+    assert contents(tmp_path / "command") == contents(tmp_path / "function")
+    assert exit_code(["export", "triton", str(servable), str(tmp_path / "c"), "--name", "a/b"]) == 2
