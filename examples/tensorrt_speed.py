@@ -11,23 +11,26 @@ the head computed, their logits written and read.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 import cdsurgery
 from cdsurgery import export
+from cdsurgery.anatomy import tail_logits
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import NAME, describe_files
+from cdsurgery.export.graph.decoder import DecoderGraph
 from cdsurgery.export.runtime.lengths import shape_of
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, torch_dtype
 from cdsurgery.export.tensorrt import EngineSession
@@ -51,18 +54,19 @@ BATCHES = (1, 8, 32, 128)
 ROUNDS, WARM = 60, 10
 
 
+def _final_alone(self: DecoderGraph, states: list[Tensor], _allowed: Tensor | None) -> tuple[Tensor, ...]:
+    """The outputs of a graph that selects, of the final layer alone; all but the second are dropped."""
+    logits = tail_logits(self.model, self.model.anatomy, states[0])
+    layer = torch.full(logits.shape[:2], len(self.model.anatomy.layers))
+    return logits + 0, logits, layer, layer[..., None].float().expand(-1, -1, len(states))
+
+
 def plain_artifact(model: Any, folder: Path) -> Path:
     """An artifact of the same model without the head: one candidate, and none of what is measured of it."""
-    alone = copy.copy(model.confident)
-    object.__setattr__(alone, "lookback", 0)  # no user may ask for that: it is ordinary decoding
-    confident, model.confident = model.confident, alone
-    try:
+    with patch.object(DecoderGraph, "_selection", _final_alone):
         export.to_onnx(model, folder, parity=False)
-    finally:
-        model.confident = confident
     said = json.loads((folder / NAME).read_text(encoding="utf-8"))
     dropped = ("logits", "selected_layer", "entropy")
-    said["confident"]["lookback"] = confident.lookback  # nothing reads it, and 0 is none
     said["signature"]["outputs"] = [spec for spec in said["signature"]["outputs"] if spec["name"] not in dropped]
     graph = onnx_ir.load(folder / GRAPH_FILE)
     graph.graph.outputs[:] = [value for value in graph.graph.outputs if value.name not in dropped]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Ask a model of a Triton server for text with curl: in one piece, as a stream, and from the final layer.
-#   sh examples/triton/client.sh my-llm
+#   sh examples/triton_client/client.sh my-llm
 set -e
 models=http://127.0.0.1:8000/v2/models
 

@@ -1,6 +1,6 @@
 """Ask a model of a Triton server for a stream of text over gRPC. Needs `pip install tritonclient[grpc]`.
 
-python examples/triton/client_grpc.py my-llm "def read(self, size=None):"
+python examples/triton_client/client_grpc.py my-llm "def read(self, size=None):"
 """
 
 import queue

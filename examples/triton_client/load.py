@@ -1,7 +1,7 @@
 """A served model -> how it stands a load: throughput, latency, lost and mixed answers, and memory.
 
-    python examples/triton/load.py --model my-llm --seconds 60 --concurrency 1 4 16 64 --pid $(pgrep tritonserver)
-    python examples/triton/load.py --model my-llm --cancel 1000
+    python examples/triton_client/load.py --model my-llm --seconds 60 --concurrency 1 4 16 64 --pid PID
+    python examples/triton_client/load.py --model my-llm --cancel 1000
 
 Every worker sends greedy requests to /generate_stream one after another, over prompts that all workers share. What a
 prompt was answered first, alone, it must be answered always: an answer that differs is lost or mixed with another's, or

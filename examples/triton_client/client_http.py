@@ -1,6 +1,6 @@
 """Ask a model of a Triton server for text over HTTP: in one piece, then as a stream. Needs Python and nothing else.
 
-python examples/triton/client_http.py my-llm "def read(self, size=None):"
+python examples/triton_client/client_http.py my-llm "def read(self, size=None):"
 """
 
 import json
