@@ -2,8 +2,8 @@
 
 PyTorch multiplies one row with a float32 matrix on one core, and a few rows slower than one. On two cores, of a W
 `[151936, 1024]` that takes 20 ms to be read, `x @ W.T` took 35 ms for one row, 79 for two and 126 for eleven, `W @ x.T`
-19, 19 and 87 (`python -m benchmarks unembedding --batch 1`, 2, 11). The logits differ in their last bits, so the model's
-own final logits are never computed like this.
+19, 19 and 87 (`python -m benchmarks unembedding --batch 1`, 2, 11). The logits differ in their last bits, so the
+model's own final logits are never computed like this.
 """
 
 from __future__ import annotations
