@@ -5,17 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 import cdsurgery
+from benchmarks.plain import plain_artifact
 from benchmarks.shapes import random_model
 from benchmarks.timing import Timing, interleaved
 from cdsurgery import export
-from cdsurgery.anatomy import tail_logits
-from cdsurgery.export.graph.decoder import DecoderGraph
 
 
 def decode_steps(shape: str, lookback: int, batch: int, context: int, rate: float, rounds: int) -> list[Timing]:
@@ -28,18 +25,9 @@ def decode_steps(shape: str, lookback: int, batch: int, context: int, rate: floa
         artifacts = {"static": Path(folder) / "static", "lazy": Path(folder) / "lazy"}
         for scan, path in artifacts.items():
             export.to_onnx(model, path, target="cpu", scan=scan, parity=False)  # type: ignore[arg-type]
-        plain = Path(folder) / "plain"
-        with patch.object(DecoderGraph, "_selection", _final_alone):
-            export.to_onnx(model, plain, target="cpu", parity=False)
+        plain = plain_artifact(model, Path(folder) / "plain", target="cpu")
         ways = {"no candidates": plain, **artifacts}
         return interleaved({name: _step(path, batch, context) for name, path in ways.items()}, rounds)
-
-
-def _final_alone(self: DecoderGraph, states: list[Tensor], _allowed: Tensor | None) -> tuple[Tensor, ...]:
-    """The outputs of a graph that selects, of the final layer alone."""
-    logits = tail_logits(self.model, self.model.anatomy, states[0])
-    layer = torch.full(logits.shape[:2], len(self.model.anatomy.layers))
-    return logits, logits + 0, layer, layer[..., None].float().expand(-1, -1, len(states))
 
 
 def _step(folder: Path, batch: int, context: int) -> Callable[[], object]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
+# As in the config.json of each on the Hub.
 SHAPES: dict[str, PretrainedConfig] = {
     "qwen3-0.6b": Qwen3Config(
         vocab_size=151936,
@@ -14,6 +15,7 @@ SHAPES: dict[str, PretrainedConfig] = {
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=128,
+        max_position_embeddings=40960,
         tie_word_embeddings=True,
     ),
     "llama-3.1-8b": LlamaConfig(
@@ -23,6 +25,18 @@ SHAPES: dict[str, PretrainedConfig] = {
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
+        max_position_embeddings=131072,
+    ),
+    "gpt-oss-20b": GptOssConfig(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
     ),
     # Small enough to see in a minute that everything runs.
     "tiny": LlamaConfig(

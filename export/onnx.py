@@ -32,15 +32,12 @@ from cdsurgery.export.graph.precision import computing_model, narrow_weights_, p
 from cdsurgery.export.graph.quantization import Scheme, quantizable, quantize
 from cdsurgery.export.graph.quiet import quiet
 from cdsurgery.export.graph.weights import multiply_in_place, name_weights
-from cdsurgery.export.options import GraphOptions, Positions, Scan, Target
+from cdsurgery.export.options import OPSET, GraphOptions, Positions, Scan, Target
 from cdsurgery.export.parity.verify import verify
 from cdsurgery.export.runtime.runner import OnnxRunner
 from cdsurgery.export.signature import Signature, TensorSpec, decoder_signature
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
-
-# TensorRT builds this one in float32, float16 and bfloat16; 23's Attention fails there in float32.
-OPSET = 20
 
 
 def to_onnx(

@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 from cdsurgery.errors import InvalidInputError
 
+# TensorRT builds this one in float32, float16 and bfloat16; 23's Attention fails there in float32.
+OPSET = 20
+
 Positions = Literal["last", "all", "score"]
 Target = Literal["portable", "cpu", "cuda"]
 Scan = Literal["static", "lazy"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -13,42 +11,35 @@ from artifacts import Client, artifact, wrapped
 from families import token_ids
 from transformers import AutoModelForCausalLM
 
+from benchmarks import tensorrt_step
+from benchmarks.plain import plain_artifact
+from benchmarks.shapes import SHAPES
 from cdsurgery import export
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def speed() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        import tensorrt_speed
-
-        yield tensorrt_speed
-        sys.modules.pop("tensorrt_speed", None)
-
-
-def test_the_roofline_is_that_of_the_written_one(speed: Any) -> None:
+def test_the_roofline_is_that_of_the_written_one() -> None:
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(speed.CONFIGS["llama-3.1-8b"]())
+        shapes = AutoModelForCausalLM.from_config(SHAPES["llama-3.1-8b"])
     assert round(sum(weight.numel() for weight in shapes.parameters()) / 1e9, 2) == 8.03
     # Worked out by hand for an H200, context 4096, K = 10: the share of a step, to a digit.
     for batch, share in ((8, 0.005), (32, 0.041), (128, 0.10)):
-        assert speed.extra_share(shapes, batch, 4096, 10) == pytest.approx(share, rel=0.2)
-    assert speed.extra_share(shapes, 1, 4096, 10) < 0.0015
+        assert tensorrt_step.extra_share(shapes, batch, 4096, 10) == pytest.approx(share, rel=0.2)
+    assert tensorrt_step.extra_share(shapes, 1, 4096, 10) < 0.0015
 
 
-def test_configs_are_of_the_size_that_their_names_say(speed: Any) -> None:
+def test_configs_are_of_the_size_that_their_names_say() -> None:
     for name, billions in (("qwen3-0.6b", 0.596), ("gpt-oss-20b", 20.9)):
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(speed.CONFIGS[name]())
+            shapes = AutoModelForCausalLM.from_config(SHAPES[name])
         assert sum(weight.numel() for weight in shapes.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
-        assert 0 < speed.extra_share(shapes, 1, 1024, 10) < speed.extra_share(shapes, 128, 1024, 10) < 1
+        assert 0 < tensorrt_step.extra_share(shapes, 1, 1024, 10) < tensorrt_step.extra_share(shapes, 128, 1024, 10) < 1
 
 
-def test_the_plain_artifact_projects_one_row_and_says_the_same(speed: Any, tmp_path: Path) -> None:
+def test_the_plain_artifact_projects_one_row_and_says_the_same(tmp_path: Path) -> None:
     model = wrapped("llama")
-    plain = speed.plain_artifact(model, tmp_path / "plain")
+    plain = plain_artifact(model, tmp_path / "plain")
     assert model.confident.lookback == 2
     whole, alone = Client(artifact("llama")), Client(plain)
     assert alone.outputs == [name for name in whole.outputs if name not in ("logits", "selected_layer", "entropy")]
@@ -63,14 +54,15 @@ def test_the_plain_artifact_projects_one_row_and_says_the_same(speed: Any, tmp_p
     export.load(plain)  # the manifest describes what was written
 
 
-def test_a_decode_feed_is_one_token_on_a_cache(speed: Any) -> None:
+def test_a_decode_feed_is_one_token_on_a_cache() -> None:
     runner = export.load(artifact("llama"))
-    outputs = runner.session.run(speed.decode_feed(runner.manifest.signature, 3, 9, "cpu"))
+    outputs = runner.session.run(tensorrt_step.decode_feed(runner.manifest.signature, 3, 9, "cpu"))
     assert outputs["present.0.key"].shape[2] == 10
     assert torch.isfinite(outputs["entropy"]).all()
 
 
-def test_the_table_of_families_is_whole_and_says_what_stopped_a_build(speed: Any) -> None:
+def test_the_table_of_families_is_whole_and_says_what_stopped_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from onnx_families import FAMILIES
 
     lines = (

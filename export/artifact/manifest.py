@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.errors import ArtifactError
@@ -19,6 +19,8 @@ from cdsurgery.export.signature import Signature, TensorSpec
 
 NAME = "cdsurgery.json"
 SCHEMA_VERSION = 2
+Read = TypeVar("Read")
+
 MAKERS = ("cdsurgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -80,28 +82,48 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     path = Path(folder) / NAME
     if not path.is_file():
         raise ArtifactError(f"{folder} is not an artifact: it has no {NAME}. Make one with cdsurgery.export.to_onnx.")
+    remedy = "Use the cdsurgery that made it, or make the artifact again."
+    return read_versioned(path, SCHEMA_VERSION, _parsed, ("a manifest", "Make the artifact again."), remedy)
+
+
+def read_versioned(
+    path: Path, version: int, parse: Callable[[dict[str, Any]], Read], broken: tuple[str, str], other: str
+) -> Read:
+    """Read a JSON file that says its `schema_version`.
+
+    Args:
+        path: the file.
+        version: that this code knows.
+        parse: makes of the fields what is wanted.
+        broken: what the file is not, if it cannot be parsed, and what to do then.
+        other: what to do if its version is another.
+
+    Raises:
+        ArtifactError: it cannot be read, or its version is another.
+    """
+    what, remedy = broken
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         found = fields["schema_version"]
-        if found == SCHEMA_VERSION:
-            return _parsed(fields)
+        if found == version:
+            return parse(fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path} is not a manifest ({type(error).__name__}: {error}). Make the artifact again."
-        ) from error
-    raise ArtifactError(
-        f"{path} has schema version {found}; this cdsurgery reads version {SCHEMA_VERSION}. Use the cdsurgery that "
-        "made it, or make the artifact again."
-    )
+        raise ArtifactError(f"{path} is not {what} ({type(error).__name__}: {error}). {remedy}") from error
+    raise ArtifactError(f"{path} has schema version {found}; this cdsurgery reads version {version}. {other}")
+
+
+def parsed_signature(fields: dict[str, Any]) -> Signature:
+    """A signature from what `asdict` made of it."""
+    sides = {
+        side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields[side])
+        for side in ("inputs", "outputs")
+    }
+    return Signature(**sides)
 
 
 def _parsed(fields: dict[str, Any]) -> Manifest:
-    specs = {
-        side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields["signature"][side])
-        for side in ("inputs", "outputs")
-    }
     parsed = {
-        "signature": Signature(**specs),
+        "signature": parsed_signature(fields["signature"]),
         "confident": ConfidentConfig(**fields["confident"]),
         "options": GraphOptions(**fields["options"]),
     }

@@ -24,6 +24,7 @@ from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import describe_files
 from cdsurgery.export.artifact.staging import staged_folder
 from cdsurgery.export.graph.quiet import quiet
+from cdsurgery.export.options import OPSET
 from cdsurgery.export.signature import BATCH, SEQUENCE, Signature, TensorSpec, torch_dtype
 from cdsurgery.export.tensorrt.log import Progress
 from cdsurgery.export.tensorrt.options import BuildOptions
@@ -33,8 +34,6 @@ from cdsurgery.export.tensorrt.writing import write_engine
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 from cdsurgery.trough import select
-
-OPSET = 20  # as in `export.onnx`
 
 
 def head_to_tensorrt(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cdsurgery.errors import ArtifactError
-from cdsurgery.export.signature import Signature, TensorSpec
+from cdsurgery.export.artifact.manifest import parsed_signature, read_versioned
+from cdsurgery.export.signature import Signature
 from cdsurgery.export.tensorrt.profiles import Profile, Range
 
 NAME, ENGINE_FILE, LOG_FILE = "engine.json", "model.engine", "build.log"
@@ -64,30 +65,16 @@ def read_engine_manifest(folder: str | os.PathLike[str]) -> EngineManifest:
     path = Path(folder) / NAME
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no engine: it has no {NAME}. Make one with cdsurgery.export.to_tensorrt.")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        found = fields["schema_version"]
-        if found == SCHEMA_VERSION:
-            return _parsed(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path} is not an engine's manifest ({type(error).__name__}: {error}). Build the engine again."
-        ) from error
-    raise ArtifactError(
-        f"{path} has schema version {found}; this cdsurgery reads version {SCHEMA_VERSION}. Build the engine again."
-    )
+    remedy = "Build the engine again."
+    return read_versioned(path, SCHEMA_VERSION, _parsed, ("an engine's manifest", remedy), remedy)
 
 
 def _parsed(fields: dict[str, Any]) -> EngineManifest:
-    sides = {
-        side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields["signature"][side])
-        for side in ("inputs", "outputs")
-    }
     profiles = tuple(
         Profile(one["name"], {axis: Range(**size) for axis, size in one["axes"].items()}) for one in fields["profiles"]
     )
     parsed = {
-        "signature": Signature(**sides),
+        "signature": parsed_signature(fields["signature"]),
         "profiles": profiles,
         "targets": tuple(fields["targets"]),
         "flags": tuple(fields["flags"]),

@@ -1,7 +1,7 @@
 """What the confident head costs in TensorRT: decode steps with and without it, in turns, beside what the bytes say.
 
-    python examples/tensorrt_speed.py                         # Qwen3-0.6B, Llama-3.1-8B, gpt-oss-20b; needs a GPU
-    python examples/tensorrt_speed.py qwen3-0.6b --context 1024 --lookback 10
+    python -m benchmarks.tensorrt_step                         # Qwen3-0.6B, Llama-3.1-8B, gpt-oss-20b; needs a GPU
+    python -m benchmarks.tensorrt_step qwen3-0.6b --context 1024 --lookback 10
 
 Real shapes, random weights, bfloat16. Two engines of the same weights run in turns on the same inputs; a line gives the
 median step of each, their ratio, and the ratio of a roofline: every weight and the cache read once, the extra rows of
@@ -11,69 +11,26 @@ the head computed, their logits written and read.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
-import onnx_ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 import cdsurgery
+from benchmarks.plain import plain_artifact
+from benchmarks.shapes import SHAPES, random_model
 from cdsurgery import export
-from cdsurgery.anatomy import tail_logits
-from cdsurgery.export.artifact.clients import GRAPH_FILE
-from cdsurgery.export.artifact.manifest import NAME, describe_files
-from cdsurgery.export.graph.decoder import DecoderGraph
 from cdsurgery.export.runtime.lengths import shape_of
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, torch_dtype
 from cdsurgery.export.tensorrt import EngineSession
 
-# As in the config.json of each on the Hub.
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "qwen3-0.6b": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
-    ),
-    "llama-3.1-8b": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072,
-    ),
-    "gpt-oss-20b": lambda: GptOssConfig(
-        vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
-    ),
-}  # fmt: skip
+MODELS = ("qwen3-0.6b", "llama-3.1-8b", "gpt-oss-20b")
 BATCHES = (1, 8, 32, 128)
 ROUNDS, WARM = 60, 10
-
-
-def _final_alone(self: DecoderGraph, states: list[Tensor], _allowed: Tensor | None) -> tuple[Tensor, ...]:
-    """The outputs of a graph that selects, of the final layer alone; all but the second are dropped."""
-    logits = tail_logits(self.model, self.model.anatomy, states[0])
-    layer = torch.full(logits.shape[:2], len(self.model.anatomy.layers))
-    return logits + 0, logits, layer, layer[..., None].float().expand(-1, -1, len(states))
-
-
-def plain_artifact(model: Any, folder: Path) -> Path:
-    """An artifact of the same model without the head: one candidate, and none of what is measured of it."""
-    with patch.object(DecoderGraph, "_selection", _final_alone):
-        export.to_onnx(model, folder, parity=False)
-    said = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    dropped = ("logits", "selected_layer", "entropy")
-    said["signature"]["outputs"] = [spec for spec in said["signature"]["outputs"] if spec["name"] not in dropped]
-    graph = onnx_ir.load(folder / GRAPH_FILE)
-    graph.graph.outputs[:] = [value for value in graph.graph.outputs if value.name not in dropped]
-    RemoveUnusedNodesPass()(graph)
-    onnx_ir.save(graph, folder / GRAPH_FILE)  # its weights stay in the file beside it, those not needed too
-    (folder / NAME).write_text(json.dumps(said | {"files": describe_files(folder)}), encoding="utf-8")
-    return folder
 
 
 def extra_share(
@@ -136,15 +93,9 @@ def decode_feed(signature: Signature, batch: int, context: int, device: str) -> 
     return feed
 
 
-def random_model(config: PreTrainedConfig, device: str) -> Any:
-    """Random weights of the size that training leaves, in bfloat16."""
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
 def measure(name: str, context: int, lookback: int, batches: list[int], package: str | None, place: Path) -> None:
     """Build both engines of a model and print a line for each batch."""
-    model = cdsurgery.wrap(random_model(CONFIGS[name](), "cuda"), lookback=lookback)
+    model = cdsurgery.wrap(random_model(name, torch.bfloat16), lookback=lookback)
     export.to_onnx(model, place / "confident", parity=False)
     plain_artifact(model, place / "plain")
     del model
@@ -155,7 +106,7 @@ def measure(name: str, context: int, lookback: int, batches: list[int], package:
         export.to_tensorrt(place / kind, place / f"{kind}-engine", **sizes)
         sessions[kind] = EngineSession(place / f"{kind}-engine")
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        shapes = AutoModelForCausalLM.from_config(SHAPES[name])
     for batch in batches:
         try:
             found = in_turns(sessions, batch, context)
@@ -171,7 +122,7 @@ def measure(name: str, context: int, lookback: int, batches: list[int], package:
 def main() -> None:
     """Print the table, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(CONFIGS))
+    parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache")
     parser.add_argument("--lookback", type=int, default=10)
     parser.add_argument("--batch", type=int, action="append")
