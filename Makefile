@@ -43,10 +43,16 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	.venv-triton/bin/pip install --quiet --requirement tests/clients/triton.txt
 	touch $@
 
+# What python -m benchmarks generation compares with.
+.venv-dola/ready: benchmarks/dola.txt
+	$(PYTHON) -m venv .venv-dola
+	.venv-dola/bin/pip install --quiet --requirement benchmarks/dola.txt
+	touch $@
+
 .venv-optimum/ready: tests/clients/optimum.txt
 	$(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/pip install --quiet --requirement tests/clients/optimum.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum .venv-triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-dola .venv-optimum .venv-triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

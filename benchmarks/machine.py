@@ -6,46 +6,64 @@ import datetime
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What `benchmarks.roofline` computes with.
+
+    Attributes:
+        bandwidth: bytes a second that come in from memory.
+        flops: floating-point operations a second in a product of matrices, in the dtype that is measured.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+def finish() -> None:
+    """Wait until the device has done what it was given."""
+    if GPU:
+        torch.cuda.synchronize()
+
 
 def best(work: Callable[[], object], runs: int = 7) -> float:
     """The shortest of several runs, in seconds, after one that is not counted."""
-    work()
     times = []
-    for _ in range(runs):
+    for _ in range(runs + 1):
+        finish()
         start = time.perf_counter()
         work()
+        finish()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[1:])
 
 
-def read_bandwidth() -> float:
-    """Gigabytes a second that come in when 600 MB are added up."""
-    numbers = torch.ones(150_000_000)
-    return numbers.nbytes / best(numbers.sum) / 1e9
+def limits(dtype: torch.dtype) -> Limits:
+    """Measure both: 600 MB added up, and two square matrices multiplied."""
+    device, size = ("cuda", 8192) if GPU else ("cpu", 2048)
+    numbers = torch.ones(150_000_000, device=device)
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    return Limits(numbers.nbytes / best(numbers.sum), 2 * size**3 / best(lambda: matrix @ matrix))
 
 
-def matmul_rate() -> float:
-    """Billions of float32 operations a second in a product of two `[2048, 2048]`."""
-    matrix = torch.randn(2048, 2048)
-    return 2 * 2048**3 / best(lambda: matrix @ matrix) / 1e9
-
-
-def description() -> dict[str, str]:
-    """Processor, memory, versions and date, and the two limits."""
-    processor = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+def description(found: Limits, dtype: str) -> dict[str, str]:
+    """Processor, versions and date, and the two limits."""
+    named = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    processor = named.partition(":")[2].strip() or platform.processor()
     return {
         "date": datetime.date.today().isoformat(),
         "processor": f"{processor}, {torch.get_num_threads()} threads",
-        "reads": f"{read_bandwidth():.0f} GB/s",
-        "multiplies": f"{matmul_rate():.0f} GFLOP/s in float32",
+        **({"device": torch.cuda.get_device_name()} if GPU else {}),
+        "reads": f"{found.bandwidth / 1e9:.0f} GB/s",
+        "multiplies": f"{found.flops / 1e9:.0f} GFLOP/s in {dtype}",
         **{name: version(name) for name in ("torch", "transformers", "onnxruntime")},
     }
 

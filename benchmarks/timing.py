@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -38,6 +40,8 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> list[Timi
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             ways[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     counted = {name: times[1:] for name, times in seconds.items()}
     timings = []

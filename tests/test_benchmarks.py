@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import tiny_model, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import benchmarks.__main__
 import cdsurgery
+from benchmarks import machine
+from benchmarks.machine import Limits
+from benchmarks.parts import dola, sweep
+from benchmarks.picture import overhead_picture
+from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
+from benchmarks.setting import Setting
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.timing import interleaved
 
@@ -47,34 +55,145 @@ def test_rows_move_as_often_as_scheduled_and_by_one_layer(scan: str, rate: float
     assert 6 - model(token_ids(8, 25), logits_to_keep=0).selected_layer.min() > 1, "the schedule outlived its context"
 
 
-def test_all_shapes_can_be_made() -> None:
-    for name, config in SHAPES.items():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        assert parameters == pytest.approx(
-            {"qwen3-0.6b": 0.6e9, "llama-3.1-8b": 8.03e9}.get(name, parameters), rel=0.01
-        )
+def test_configs_are_of_the_size_that_their_names_say() -> None:
+    for name, billions in (("qwen3-0.6b", 0.596), ("llama-3.1-8b", 8.03), ("gpt-oss-20b", 20.9)):
+        parameters = sum(parameter.numel() for parameter in on_paper(name).parameters())
+        assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
     assert random_model("tiny", torch.float32).training is False
 
 
-def test_the_command_writes_its_figures_with_machine_versions_and_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_roofline_is_that_of_the_written_one() -> None:
+    """Worked out by hand for an H200, context 4096, K = 10: the share of a step that one pass adds, to a digit."""
+    h200, llama = Limits(4.3e12, 790e12), on_paper("llama-3.1-8b")
+    shares = {batch: share(Roofline(llama, h200), batch) for batch in (1, 8, 32, 128)}
+    assert shares[1] < 0.0015
+    assert shares == {1: shares[1]} | {
+        batch: pytest.approx(written, rel=0.2) for batch, written in ((8, 0.005), (32, 0.041), (128, 0.10))
+    }
+
+
+def test_the_roofline_of_a_scan_counts_its_products() -> None:
+    """Where only reading W counts, one row more is free; where only multiplying does, a row is a row."""
+    model = on_paper("tiny")
+    head = 32000 * 256
+    reading, computing = Roofline(model, Limits(2.0, 1e30)), Roofline(model, Limits(1e30, 2.0))
+    steps = reading.steps(batch=2, context=0, lookback=3, rate=0.5)
+    assert steps["lazy"] - steps["unwrapped"] == pytest.approx(head * 1.75)  # one of two rows moves in 3 of 4 steps
+    assert steps["one pass"] - steps["unwrapped"] == pytest.approx(2 * 3 * 2 * 32000 * 2)  # logits
+    steps = computing.steps(batch=2, context=0, lookback=3, rate=0.5)
+    assert steps["unwrapped"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()) - 2 * head)
+    assert steps["full"] - steps["unwrapped"] == pytest.approx(6 * head)
+    assert steps["lazy"] - steps["unwrapped"] == pytest.approx((2 + 0.75) * head)
+
+
+def share(roofline: Roofline, batch: int) -> float:
+    steps = roofline.steps(batch, 4096, 10, 0.115)
+    return steps["one pass"] / steps["unwrapped"] - 1
+
+
+def on_paper(shape: str) -> Any:
+    """The model without its numbers, in bfloat16 as it is served."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """All parts in a few seconds."""
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+    )
+    monkeypatch.setitem(SHAPES, "tiny", config)
+    monkeypatch.setattr(dola, "ENVIRONMENT", Path("nowhere"))
+    return Setting("tiny", lookback=2, context=8, new=3, rounds=2)
+
+
+def test_every_part_compares_with_the_unwrapped_model(small: Setting) -> None:
+    limits = Limits(1e9, 1e9)
+    ways = ["unwrapped", "lazy", "full", "published"]
+    for name, expected in {"step": ways, "prefill": ways, "generation": ways}.items():
+        table = benchmarks.__main__.PARTS[name](small, limits)
+        assert [row[0] for row in table.rows] == expected, name
+        assert table.rows[0][1] == 1.0
+        assert all(isinstance(row[1], float) and row[1] > 0 for row in table.rows)
+    assert benchmarks.__main__.PARTS["wrapping"](small, limits).rows[0][0] == "tiny"
+
+
+def test_onnx_runtime_compares_a_graph_without_candidates_with_both_scans(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["benchmarks", "step", "prefill", "--shape", "tiny", "--context", "8", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path)])
+    monkeypatch.setattr(SHAPES["tiny"], "num_hidden_layers", 2)  # tracing them is what takes long
+    table = benchmarks.__main__.PARTS["onnx"](replace(small, lookback=1), Limits(1e9, 1e9))
+    assert [row[0] for row in table.rows] == ["unwrapped", "lazy", "full"]
+    assert all(isinstance(row[1], float) and row[1] > 0 for row in table.rows)
+
+
+def test_dola_is_missed_by_name(small: Setting) -> None:
+    (note,) = benchmarks.__main__.PARTS["generation"](small, Limits(1e9, 1e9)).notes
+    assert note == "DoLa was not measured: nowhere/bin/python is not there: make .venv-dola/ready makes it."
+
+
+def test_memory_is_that_of_the_candidates(small: Setting) -> None:
+    found = {way: step for way, step, _ in benchmarks.__main__.PARTS["memory"](small, Limits(1e9, 1e9)).rows}
+    logits = 500 * 4 / 1e6  # megabytes of one candidate
+    assert isinstance(found["full"], float) and isinstance(found["unwrapped"], float)
+    assert found["full"] - found["unwrapped"] > 3 * logits  # three candidates at once, and what measures them
+    assert found["unwrapped"] < 20 * logits, "weights or cache were counted"
+
+
+def test_a_sweep_has_all_points_lines_through_them_and_the_same_picture_each_time(small: Setting) -> None:
+    table = benchmarks.__main__.PARTS["sweep"](small, Limits(1e9, 1e9))
+    points = {row[:3] for row in table.rows}
+    assert points == {
+        (axis, value, way)
+        for axis, values in (("batch", sweep.BATCHES), ("K", (1, 2)), ("V", (125, 250, 500)))
+        for value in values
+        for way in ("lazy", "full")
+    }
+    assert len(table.notes) == 6
+    assert table.picture is not None and table.picture.count("roofline") == 2
+    line = {"lazy": [(1, 0.25, 0.2), (4, 0.5, 0.4)]}
+    assert (
+        overhead_picture(line) == overhead_picture(line) != overhead_picture({"lazy": [(1, 0.25, 0.2), (4, 0.6, 0.4)]})
+    )
+
+
+def test_a_slope_is_that_of_the_nearest_line() -> None:
+    assert sweep.slope([(1, 5.0), (3, 9.0), (4, 11.0)]) == pytest.approx(2.0)
+
+
+@torch.no_grad()
+def test_a_smaller_vocabulary_is_the_same_model_with_fewer_logits() -> None:
+    model = tiny_model("llama")
+    ids = token_ids(2, 5)
+    assert torch.allclose(sweep.with_vocabulary(model, 40)(ids).logits, model(ids).logits[..., :40])
+    assert model.get_output_embeddings().weight.shape[0] > 40
+
+
+def test_the_command_writes_its_figures_with_machine_versions_and_command(
+    small: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--shape", "tiny", "--lookback", "2", "--context", "8", "--rounds", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", "sweep", *options])
+    monkeypatch.setattr(machine, "limits", lambda dtype: Limits(2e9, 3e9))
     benchmarks.__main__.main()
     shown = capsys.readouterr().out
-    for part in ("step", "prefill"):
-        assert (tmp_path / f"{part}.md").read_text() in shown
+    for part in ("step", "sweep"):
+        page = (tmp_path / f"{part}.md").read_text()
+        assert page in shown
+        assert "- reads: 2 GB/s\n- multiplies: 3 GFLOP/s in float32\n" in page
         document = json.loads((tmp_path / f"{part}.json").read_text())
-        assert [timing["name"] for timing in document["timings"]] == ["unwrapped", "lazy", "full", "published"]
-        assert document["timings"][0]["ratio"] == 1.0
         assert {"torch", "reads", "date", "command"} <= set(document["about"])
         assert "--shape tiny" in document["about"]["command"]
+        assert f"| {document['rows'][1]['ratio']:.3f} |" in page
+    assert "![sweep](sweep.svg)" in page and (tmp_path / "sweep.svg").read_text().startswith("<?xml")
 
 
-def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "dance"])
-    with pytest.raises(SystemExit, match=r"No such part: dance\. There are step, prefill, onnx, unembedding"):
+    with pytest.raises(SystemExit, match=r"No such part: dance\. There are step, prefill, generation, onnx"):
+        benchmarks.__main__.main()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tensorrt"])
+    monkeypatch.setattr(machine, "GPU", False)
+    with pytest.raises(SystemExit, match="PyTorch sees none here"):
         benchmarks.__main__.main()

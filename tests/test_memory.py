@@ -9,39 +9,19 @@ import torch
 from families import HIDDEN, LAYERS, VOCABULARY, decoder_layers, tiny_model, token_ids
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import cdsurgery
 import cdsurgery.taps
+from benchmarks.parts.memory import Peak
 
 LOOKBACK, LENGTH = 5, 4096
 IDS = token_ids(1, LENGTH)
 ONE_STATE = LENGTH * HIDDEN * 4  # bytes of S x D in float32
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes alive at once in storages that were made under this mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                reference = StorageWeakRef(tensor.untyped_storage())
-                self.alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
-        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
-        return out
-
-
 @torch.no_grad()
 def peak(model: nn.Module, keep: int) -> int:
-    with Peak() as measured:
+    with Peak(model.parameters()) as measured:
         model(IDS, logits_to_keep=keep, use_cache=False)
     return measured.bytes
 

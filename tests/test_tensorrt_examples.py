@@ -9,32 +9,12 @@ import pytest
 import torch
 from artifacts import Client, artifact, wrapped
 from families import token_ids
-from transformers import AutoModelForCausalLM
 
-from benchmarks import tensorrt_step
+from benchmarks.parts import tensorrt
 from benchmarks.plain import plain_artifact
-from benchmarks.shapes import SHAPES
 from cdsurgery import export
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_the_roofline_is_that_of_the_written_one() -> None:
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(SHAPES["llama-3.1-8b"])
-    assert round(sum(weight.numel() for weight in shapes.parameters()) / 1e9, 2) == 8.03
-    # Worked out by hand for an H200, context 4096, K = 10: the share of a step, to a digit.
-    for batch, share in ((8, 0.005), (32, 0.041), (128, 0.10)):
-        assert tensorrt_step.extra_share(shapes, batch, 4096, 10) == pytest.approx(share, rel=0.2)
-    assert tensorrt_step.extra_share(shapes, 1, 4096, 10) < 0.0015
-
-
-def test_configs_are_of_the_size_that_their_names_say() -> None:
-    for name, billions in (("qwen3-0.6b", 0.596), ("gpt-oss-20b", 20.9)):
-        with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(SHAPES[name])
-        assert sum(weight.numel() for weight in shapes.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
-        assert 0 < tensorrt_step.extra_share(shapes, 1, 1024, 10) < tensorrt_step.extra_share(shapes, 128, 1024, 10) < 1
 
 
 def test_the_plain_artifact_projects_one_row_and_says_the_same(tmp_path: Path) -> None:
@@ -56,7 +36,7 @@ def test_the_plain_artifact_projects_one_row_and_says_the_same(tmp_path: Path) -
 
 def test_a_decode_feed_is_one_token_on_a_cache() -> None:
     runner = export.load(artifact("llama"))
-    outputs = runner.session.run(tensorrt_step.decode_feed(runner.manifest.signature, 3, 9, "cpu"))
+    outputs = runner.session.run(tensorrt.decode_feed(runner.manifest.signature, 3, 9, "cpu"))
     assert outputs["present.0.key"].shape[2] == 10
     assert torch.isfinite(outputs["entropy"]).all()
 

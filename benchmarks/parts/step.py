@@ -1,0 +1,44 @@
+"""Decode steps and prefills in PyTorch: the unwrapped model, the wrapped one, and the authors' published step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks.machine import Limits
+from benchmarks.models import decode_step, filled_cache, wrapped_ways
+from benchmarks.report import Table, compared
+from benchmarks.roofline import Roofline
+from benchmarks.schedule import scheduled
+from benchmarks.setting import Setting
+from benchmarks.shapes import random_model
+from benchmarks.timing import interleaved
+
+
+def decode_steps(setting: Setting, limits: Limits) -> Table:
+    """One new token a row on a cache of `context` tokens; `rate` of the rows move by one layer."""
+    plain = random_model(setting.shape, setting.torch_dtype)
+    cache = filled_cache(plain, setting.batch, setting.context)
+    timings = _in_turns(plain, setting, lambda model: decode_step(model, cache, setting.batch))
+    roofline = Roofline(plain, limits)
+    steps = roofline.steps(setting.batch, setting.context, setting.lookback, setting.rate)
+    return compared(timings, steps | {"published": steps["full"]})
+
+
+def prefills(setting: Setting, _limits: Limits) -> Table:
+    """A prompt of `context` tokens a row into an empty cache, of which the last one's logits are wanted."""
+
+    def prefill(model: Any) -> Callable[[], object]:
+        ids = torch.zeros(setting.batch, setting.context, dtype=torch.int64, device=model.device)
+        return lambda: model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+
+    return compared(_in_turns(random_model(setting.shape, setting.torch_dtype), setting, prefill))
+
+
+def _in_turns(plain: Any, setting: Setting, work: Callable[[Any], Callable[[], object]]) -> Any:
+    models = wrapped_ways(plain, setting.lookback)
+    with torch.no_grad(), scheduled(setting.rate):
+        return interleaved({name: work(model) for name, model in models.items()}, setting.rounds)

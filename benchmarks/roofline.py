@@ -1,0 +1,65 @@
+"""A model's shape and a machine's limits -> the least seconds that a decode step can take, in each way to scan.
+
+A step reads every weight that it needs once, and the cache, or computes, whichever takes longer (Williams, Waterman
+and Patterson, Roofline, CACM 52(4), 2009). The unembedding is read once for each product with it, however many rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.machine import Limits
+
+
+class Roofline:
+    """Seconds of the parts of a step.
+
+    Args:
+        model: of the shape; on the meta device will do.
+        limits: the machine's.
+    """
+
+    def __init__(self, model: Any, limits: Limits) -> None:
+        self.config, self.limits = model.config, limits
+        self.vocabulary, self.width = model.get_output_embeddings().weight.shape
+        self.element = model.dtype.itemsize
+        count = {name: weight.numel() for name, weight in model.named_parameters()}
+        self.experts = sum(numbers for name, numbers in count.items() if ".experts." in name)
+        embeddings = 1 if self.config.tie_word_embeddings else 2
+        self.body = sum(count.values()) - self.experts - embeddings * self.vocabulary * self.width
+
+    def steps(self, batch: int, context: int, lookback: int, rate: float) -> dict[str, float]:
+        """Way -> seconds, where `rate` of the rows move, by one layer.
+
+        "lazy" projects every row twice and those that moved once more; "full" all candidates in two products, the
+        model's own and ours, whose logits are written and read; "one pass" all of them in one.
+        """
+        unwrapped = self.unwrapped(batch, context)
+        further = (1 - (1 - rate) ** batch) * self.product(max(1, rate * batch))
+        logits = 2 * lookback * batch * self.vocabulary * 4 / self.limits.bandwidth
+        return {
+            "unwrapped": unwrapped,
+            "lazy": unwrapped + self.product(batch) + further,
+            "full": unwrapped + self.product(lookback * batch) + logits,
+            "one pass": unwrapped - self.product(batch) + self.product((lookback + 1) * batch) + logits,
+        }
+
+    def unwrapped(self, batch: int, context: int) -> float:
+        """A step of the model alone."""
+        config = self.config
+        touched, used = 1.0, 0.0
+        if self.experts:  # the share of the experts that some row is sent to, and that each row is
+            used = config.num_experts_per_tok / config.num_local_experts
+            touched = 1 - (1 - used) ** batch
+        heads = config.num_key_value_heads * (
+            getattr(config, "head_dim", None) or self.width // config.num_attention_heads
+        )
+        cache = batch * context * config.num_hidden_layers * 2 * heads
+        read = self.element * (self.body + touched * self.experts + cache) / self.limits.bandwidth
+        computed = 2 * batch * (self.body + used * self.experts) / self.limits.flops
+        return max(read, computed) + self.product(batch)
+
+    def product(self, rows: float) -> float:
+        """Rows times the unembedding."""
+        weights = self.vocabulary * self.width
+        return max(2 * rows * weights / self.limits.flops, self.element * weights / self.limits.bandwidth)
