@@ -43,8 +43,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--new", type=int, default=usual.new, help="tokens of a generated text")
     parser.add_argument("--rounds", type=int, default=usual.rounds, help="how often each way is timed")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write NAME.md and NAME.json there")
-    parser.add_argument("--name", help="of the files, where one part was named; the part's if not given")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write PART.md and PART.json there")
     return parser.parse_args()
 
 
@@ -62,10 +61,9 @@ def main() -> None:
     for name in options.part or [name for name in PARTS if name != "tensorrt" or machine.GPU]:
         print(f"measuring {name} ..", file=sys.stderr, flush=True)
         table = PARTS[name](setting, limits)
-        title = options.name or name
-        print(markdown(title, table, about))
+        print(markdown(name, table, about))
         if options.output is not None:
-            write(options.output, title, table, about)
+            write(options.output, name, table, about)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Call:
         began, ended: on one clock.
         given: the state among its arguments.
         beside: the other tensors among them.
-        returned: the state in its output.
+        output: what it returned.
     """
 
     path: str
@@ -35,7 +36,12 @@ class Call:
     given: Tensor | None
     beside: tuple[Tensor, ...]
     ended: int = -1
-    returned: Tensor | None = None
+    output: Any = None
+
+    @property
+    def returned(self) -> Tensor | None:
+        """The state in its output."""
+        return state_of(self.output)
 
 
 @contextmanager
@@ -105,7 +111,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[list[Call
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         call = running.pop()
-        call.ended, call.returned = next(ticks), state_of(output)
+        call.ended, call.output = next(ticks), output
 
     with ExitStack() as stack:
         for path, module in model.named_modules():
@@ -116,13 +122,42 @@ def record(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[list[Call
     return calls, logits
 
 
-def replaced_logits(model: PreTrainedModel, inputs: dict[str, Tensor], path: str, state: Tensor) -> Tensor:
-    """The unmodified model's logits when the module at `path` is made to return `state`: the truth for a tail."""
-    handle = model.get_submodule(path).register_forward_hook(lambda _module, _args, output: with_state(output, state))
-    try:
+def replaced_logits(
+    model: PreTrainedModel, inputs: dict[str, Tensor], calls: list[Call], path: str, state: Tensor
+) -> Tensor:
+    """The unmodified model's logits when the module at `path` is made to return `state`: the truth for a tail.
+
+    What ended before it would end as it did, so its recorded output is taken: on a CPU the layers of a large model are
+    nearly all of the time.
+    """
+    target = next(call for call in calls if call.path == path)
+    with ExitStack() as stack:
+        for call in _done_until(calls, target):
+            output = with_state(call.output, state) if call is target else call.output
+            stack.enter_context(_standing_in(model.get_submodule(call.path), output))
         return plain_logits(model, inputs)
+
+
+def _done_until(calls: list[Call], target: Call) -> Iterator[Call]:
+    """The outermost calls that had ended when that one did, of modules that were called but once."""
+    times, until = Counter(call.path for call in calls), -1
+    for call in calls:
+        if until < call.began and call.ended <= target.ended and times[call.path] == 1:
+            until = call.ended
+            yield call
+
+
+@contextmanager
+def _standing_in(module: nn.Module, output: Any) -> Iterator[None]:
+    """Have a module return `output` without running. accelerate too places a forward on instances, so it is kept."""
+    own = vars(module)
+    placed = {name: own[name] for name in ("forward",) if name in own}
+    own["forward"] = lambda *_args, **_kwargs: output
+    try:
+        yield
     finally:
-        handle.remove()
+        del own["forward"]
+        own.update(placed)
 
 
 def plain_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ def proven_anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anat
         calls, logits = record(model, inputs)
         _require_whole(model, calls)
         _require_causal(model, logits)
-        replaced = functools.partial(replaced_logits, model, inputs)
+        replaced = functools.partial(replaced_logits, model, inputs, calls)
         _require_vocabulary(model, logits)
         anatomy = given or find_anatomy(model, calls, logits, replaced)
         _require_depth(model, anatomy)

@@ -27,8 +27,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": _TIED,
     # The default of 1, where others divide by the root of the head size, makes attention amplify every rounding.
     "granite": _SHORT | {"attention_multiplier": 0.25},
+    # Kinds of layers alternate in some of them: two of one kind, one of the other.
     **{family: _SHORT for family in ("mistral", "qwen2", "qwen3_moe", "phi3", "olmo2", "deepseek_v3", "gpt2", "opt")},
-    **{family: {"num_hidden_layers": 4} for family in ("gpt_oss", "gemma2", "cohere2", "smollm3")},  # kinds alternate
+    **{family: _SHORT for family in ("gpt_oss", "gemma2", "cohere2", "smollm3")},
+    "gemma3_text": _SHORT | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma4_text": {"num_hidden_layers": 4},  # two keep a cache, two share it
     **{family: _SHORT | _HYBRID for family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
 }
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="artifacts-")
