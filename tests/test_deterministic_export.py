@@ -19,9 +19,8 @@ torch.set_num_threads(1)
 from artifacts import wrapped
 from cdsurgery import export
 
-for family in sys.argv[2:]:
-    export.to_onnx(wrapped(family), f"{sys.argv[1]}/{family}")
-export.to_onnx(wrapped(family), f"{sys.argv[1]}/int4", quantization="int4")
+export.to_onnx(wrapped("llama"), f"{sys.argv[1]}/float")
+export.to_onnx(wrapped("qwen3"), f"{sys.argv[1]}/int4", quantization="int4")
 """
 
 
@@ -29,7 +28,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     runs = []
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
-        command = [sys.executable, "-c", CHILD, str(tmp_path / seed), *EXPORTED]
+        command = [sys.executable, "-c", CHILD, str(tmp_path / seed)]
         environment = os.environ | {"PYTHONHASHSEED": seed}
         options: dict[str, Any] = {"cwd": Path(__file__).parent, "env": environment, "text": True}
         runs.append(subprocess.Popen(command, stderr=subprocess.PIPE, **options))
@@ -37,7 +36,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         _, errors = run.communicate()
         assert run.returncode == 0, errors[-2000:]
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").glob("*/*"))
-    assert len(files) >= 6 * (len(EXPORTED) + 1)
+    assert len(files) >= 6 * 2
     for file in files:
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
 

@@ -94,10 +94,10 @@ def test_what_scoring_holds_does_not_grow_with_the_candidates(tmp_path: Path) ->
     """512 positions of a vocabulary of 32,768: the logits of one candidate are 64 MB."""
     one = 512 * 32768 * 4 / 1024
     used = []
-    for lookback in (1, 6):
-        model = tiny_model("llama", num_hidden_layers=7, vocab_size=32768, max_position_embeddings=512)
+    for lookback in (1, 3):
+        model = tiny_model("llama", num_hidden_layers=4, vocab_size=32768, max_position_embeddings=512)
         wrapped = cdsurgery.wrap(model, lookback=lookback)
-        folder = export.to_onnx(wrapped, tmp_path / str(lookback), positions="score")
+        folder = export.to_onnx(wrapped, tmp_path / str(lookback), positions="score", parity=False)
         script = MEASURE.format(tests=str(Path(__file__).parent), folder=str(folder))
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         used.append(int(run.stdout) / one)
