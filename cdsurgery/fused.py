@@ -101,7 +101,7 @@ def _flaw(head: Any) -> str | None:
     """What keeps a kernel from doing what this module does, or None."""
     weight = getattr(head, "weight", None)
     if type(head) is not nn.Linear or type(weight) is not nn.Parameter:
-        return f"it is a {type(head).__name__} whose weight is a {type(weight).__name__}"
+        return f"it is a {_name(head)} whose weight is a {_name(weight)}"
     if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
         return "its forward is hooked or replaced, as accelerate does to offload weights"
     if weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda") or not weight.is_contiguous():
@@ -109,6 +109,10 @@ def _flaw(head: Any) -> str | None:
     if weight.is_cuda and not _TRITON_IS_INSTALLED:
         return "it is on a GPU, where the pass is a kernel of Triton, which is not installed (pip install triton)"
     return None
+
+
+def _name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def _unsupported(model: PreTrainedModel, anatomy: Anatomy, found: str) -> UnsupportedModelError:

@@ -1,7 +1,7 @@
 """The launch of every kind of kernel, but for the launch itself -> what was compiled, as JSON; run as a script.
 
-The interpreter takes code that the compiler refuses, and has neither shared memory nor tensor cores. Triton compiles for a
-GPU that is not there, given a driver that names one.
+The interpreter takes code that the compiler refuses, and has neither shared memory nor tensor cores. Triton compiles
+for a GPU that is not there, given a driver that names one.
 """
 
 from __future__ import annotations
