@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import benchmarks.__main__
 import cdsurgery
+from benchmarks.fused_unembedding import unembeddings
 from benchmarks.schedule import scheduled
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.timing import interleaved
@@ -45,6 +46,14 @@ def test_rows_move_as_often_as_scheduled_and_by_one_layer(scan: str, rate: float
     # Of 1,000 draws; three standard deviations of a share of 0.115 are 0.03.
     assert depths.float().mean() == pytest.approx(rate, abs=0.03)
     assert 6 - model(token_ids(8, 25), logits_to_keep=0).selected_layer.min() > 1, "the schedule outlived its context"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pass_is_compared_with_one_row_and_with_all_logits(dtype: torch.dtype) -> None:
+    timings = unembeddings(500, 32, 4, dtype, rounds=2)
+    names = ["one row's logits", "read W", "logits, then entropy", "fused", "fused, logits written"]
+    assert [timing.name for timing in timings] == names
+    assert timings[0].ratio == 1.0
 
 
 def test_all_shapes_can_be_made() -> None:
