@@ -158,7 +158,9 @@ def test_a_gradient_reaches_the_selected_layers_logits() -> None:
     gradients = []
     for scan in ("fused", "full"):
         model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
-        model(input_ids=IDS, labels=IDS).loss.backward()
+        out = model(input_ids=IDS, labels=IDS)
+        assert not out.entropy.requires_grad
+        out.loss.backward()
         gradients.append(model.lm_head.weight.grad)
     # Sums of 27 rows in another order, at gradients of size 1.
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)

@@ -197,6 +197,15 @@ def test_what_a_model_does_to_its_logits_is_rounded_where_it_rounds(
 
 
 @ways
+def test_a_softcap_keeps_the_digits_of_small_and_of_large_logits(way: Callable[..., Sums]) -> None:
+    rows = torch.stack([torch.logspace(-6, 3, 200), torch.linspace(-6, 6, 200)])
+    *_, written = way(*of_logits(rows), softcap=8.0)
+    true = torch.tanh(rows.double() / 8) * 8
+    # Some units of 6e-8: of the quotient, of the polynomial or e^2x, and of the product.
+    torch.testing.assert_close(written.double(), true, rtol=5e-7, atol=0)
+
+
+@ways
 def test_products_in_float32_have_all_its_digits(way: Callable[..., Sums]) -> None:
     generator = torch.Generator().manual_seed(3)
     state, weight = torch.randn(3, 70, generator=generator), torch.randn(200, 70, generator=generator)
