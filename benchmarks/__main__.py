@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.parts import generation, memory, onnx, step, sweep, tensorrt, unembedding, wrapping
+from benchmarks.parts import fused, generation, memory, onnx, step, sweep, tensorrt, unembedding, wrapping
 from benchmarks.report import Table, markdown, write
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.shapes import SHAPES
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[Setting, machine.Limits], Table]] = {
     "memory": memory.peaks,
     "wrapping": wrapping.seconds,
     "unembedding": unembedding.products,
+    "fused": fused.unembeddings,
     "tensorrt": tensorrt.decode_steps,
 }
 

@@ -46,6 +46,20 @@ class Anatomy:
         """The path of the module whose rows are the vocabulary."""
         return self.modules[-1]
 
+    @property
+    def before_unembedding(self) -> tuple[str | Transform, ...]:
+        """The steps of the tail up to the unembedding, in order."""
+        return self.tail[: self._unembedding_index]
+
+    @property
+    def after_unembedding(self) -> tuple[Transform, ...]:
+        """What the tail does to the unembedding's output, in order."""
+        return tuple(step for step in self.tail[self._unembedding_index :] if not isinstance(step, str))
+
+    @property
+    def _unembedding_index(self) -> int:
+        return max(index for index, step in enumerate(self.tail) if isinstance(step, str))
+
     def __str__(self) -> str:
         return " -> ".join(step if isinstance(step, str) else f"({step.name})" for step in self.tail)
 
@@ -65,14 +79,24 @@ def tail_logits(
     Returns:
         `[B, T, V]` in the dtype of the model's logits.
     """
-    for step in anatomy.tail:
-        if not isinstance(step, str):
-            state = step.apply(state, step.value(model))
-        elif unembed is not None and step == anatomy.unembedding:
-            state = unembed(state)
-        else:
-            state = model.get_submodule(step)(state)
+    return unembedded(model, anatomy, unembedding_input(model, anatomy, state), unembed)
+
+
+def unembedding_input(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tensor:
+    """The tail up to the unembedding: a state as `tail_logits` takes it -> `[B, T, D]`."""
+    for step in anatomy.before_unembedding:
+        state = model.get_submodule(step)(state) if isinstance(step, str) else step.apply(state, step.value(model))
     return state
+
+
+def unembedded(
+    model: PreTrainedModel, anatomy: Anatomy, state: Tensor, unembed: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The tail from the unembedding on: what `unembedding_input` returns -> `[B, T, V]`, `unembed` as above."""
+    logits = (unembed or model.get_submodule(anatomy.unembedding))(state)
+    for step in anatomy.after_unembedding:
+        logits = step.apply(logits, step.value(model))
+    return logits
 
 
 def candidate_logits(
@@ -90,9 +114,12 @@ def candidate_logits(
     Returns:
         `[K, B, T, V]`.
     """
-    # With a device_map the layers and the tail may each live elsewhere.
-    rows = torch.cat([state.to(states[0].device) for state in states], dim=anatomy.batch_axis)
-    return tail_logits(model, anatomy, rows, unembed).unflatten(0, (len(states), -1))
+    return tail_logits(model, anatomy, joined(states, anatomy), unembed).unflatten(0, (len(states), -1))
+
+
+def joined(states: Sequence[Tensor], anatomy: Anatomy) -> Tensor:
+    """K states as one batch of K x B rows, on the device of the first: with a device_map each may live elsewhere."""
+    return torch.cat([state.to(states[0].device) for state in states], dim=anatomy.batch_axis)
 
 
 def layer_types(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:

@@ -11,7 +11,7 @@ from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
 
 DEFAULT_LOOKBACK = 10
-SCANS = ("auto", "full", "lazy")
+SCANS = ("auto", "full", "lazy", "fused")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class ConfidentConfig:
         seed: for the draws of 0 < probability < 1, in [0, 2**32). None takes one from torch's global generator.
         measure: "entropy", or "log_p_squared" to reproduce the authors' published overlay.
         scan: "full" measures all K+1 candidates of every row; "lazy" no more than the scan reaches, for the same
-            selection, and NaN for the other entropies; "auto" is lazy inside of `generate`, where that is cheaper.
+            selection, and NaN for the other entropies; "fused" all of them, in one pass over the unembedding that
+            writes no logits of candidates; "auto" is lazy inside of `generate`, where that is cheaper, and full else.
     """
 
     lookback: int | float = DEFAULT_LOOKBACK
@@ -46,6 +47,11 @@ class ConfidentConfig:
             raise InvalidInputError(f"measure is {self.measure!r}; it must be one of {', '.join(MEASURES)}.")
         if self.scan not in SCANS:
             raise InvalidInputError(f"scan is {self.scan!r}; it must be one of {', '.join(SCANS)}.")
+        if self.scan == "fused" and self.measure != "entropy":
+            raise InvalidInputError(
+                f"scan is 'fused' and measure {self.measure!r}; the fused scan makes entropies only. Use measure="
+                "'entropy', or scan='full' or 'lazy'."
+            )
 
     def resolve(self, layers: int) -> ConfidentConfig:
         """The same options for a model of `layers` layers: `lookback` an int, a `seed` wherever one is needed."""

@@ -22,6 +22,7 @@ from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
+from cdsurgery.fused import select_fused
 from cdsurgery.lazy import ACCELERATOR_ROWS, select_lazily
 from cdsurgery.output import ConfidentOutput, confident_output
 from cdsurgery.probe import taken
@@ -101,6 +102,8 @@ class ConfidentHead(nn.Module):
     def _select(self, final: Tensor, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The logits, depth and entropies that `select` returns, from the final logits and the states before."""
         model, anatomy, measure = cast(PreTrainedModel, self), self.anatomy, MEASURES[self.confident.measure]
+        if self.confident.scan == "fused":
+            return select_fused(model, anatomy, final, states, allowed)
         shard = vocabulary_shard(model, anatomy, measure)
         if shard is not None:
             final, measure = shard.part(final), shard.entropy

@@ -28,11 +28,25 @@ def trough_depth(entropy: Tensor) -> Tensor:
     return (stopped.cumsum(dim=-1) == 0).sum(dim=-1)
 
 
+def allowed_depth(entropy: Tensor, allowed: Tensor | None) -> Tensor:
+    """`trough_depth`, and 0 in rows that have to keep their final layer.
+
+    Args:
+        entropy: `[B, T, M]`, as for `trough_depth`.
+        allowed: `[B, T]` bool, or None for all.
+
+    Returns:
+        `[B, T]` int64 in [0, M-1].
+    """
+    depth = trough_depth(entropy)
+    return depth if allowed is None else depth * allowed
+
+
 def pick(candidates: Tensor, depth: Tensor) -> Tensor:
     """Take, for every row, the candidate at its depth.
 
     Args:
-        candidates: `[M, B, T, V]`, index k belongs to layer L-k.
+        candidates: `[M, B, T, V]`, index k belongs to layer L-k; or other rows in place of those of logits.
         depth: `[B, T]` int64 in [0, M-1].
 
     Returns:
@@ -56,7 +70,5 @@ def select(candidates: Tensor, measure: Measure, allowed: Tensor | None = None) 
         logits `[B, T, V]`, depth `[B, T]` int64 in [0, M-1], entropy `[B, T, M]` float32.
     """
     entropy = measure(candidates.detach()).movedim(0, -1)
-    depth = trough_depth(entropy)
-    if allowed is not None:
-        depth = depth * allowed
+    depth = allowed_depth(entropy, allowed)
     return pick(candidates, depth), depth, entropy

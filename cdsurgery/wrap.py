@@ -10,6 +10,7 @@ from torch import nn
 from cdsurgery.anatomy import Anatomy
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
 from cdsurgery.errors import SurgeryError
+from cdsurgery.fused import fused_unembedding
 from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
 from cdsurgery.loading import load_causal_lm
 from cdsurgery.proof import proven_anatomy
@@ -41,7 +42,8 @@ def wrap(
         seed: for 0 < probability < 1; None draws one from torch's global generator.
         measure: "entropy", or "log_p_squared" as in the authors' published overlay.
         scan: "full" for the entropies of all candidates, "lazy" for those alone that decide; "auto" is "full", but
-            inside of `generate` the cheaper of the two.
+            inside of `generate` the cheaper of the two. "fused" is "full" without candidates' logits in memory: one
+            pass over the unembedding, on a GPU by a kernel in Triton's language.
         anatomy: where the layers and the tail are, for a model in which they are not found; proven all the same.
 
     Returns:
@@ -49,7 +51,7 @@ def wrap(
 
     Raises:
         InvalidInputError: an option is out of range, or the anatomy names parts that the model does not have.
-        UnsupportedModelError: the model cannot be proven to fit.
+        UnsupportedModelError: the model cannot be proven to fit; or scan is "fused" and its head is not a plain one.
         SurgeryError: the model is wrapped already.
     """
     config = ConfidentConfig(lookback, probability, seed, measure, scan)
@@ -62,6 +64,8 @@ def wrap(
             "with cdsurgery.unwrap(model) and wrap it again."
         )
     anatomy = proven_anatomy(host, anatomy)
+    if config.scan == "fused":
+        fused_unembedding(host, anatomy)
     depth = len(anatomy.layers)
     config = config.resolve(depth)
     candidates = [host.get_submodule(path) for path in anatomy.layers[depth - 2 :: -1][: int(config.lookback)]]

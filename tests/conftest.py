@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+# Before anything imports triton, whose own functions are made for its interpreter, or for a GPU, when they are defined.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from command_line import save_tiny_model
 
 from cdsurgery.cli.main import main

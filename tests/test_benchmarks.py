@@ -128,6 +128,14 @@ def test_onnx_runtime_compares_a_graph_without_candidates_with_both_scans(
     assert all(isinstance(row[1], float) and row[1] > 0 for row in table.rows)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pass_is_compared_with_one_row_and_with_all_logits(small: Setting, dtype: str) -> None:
+    rows = benchmarks.__main__.PARTS["fused"](replace(small, dtype=dtype), Limits(1e9, 1e9)).rows
+    names = ["one row's logits", "read W", "logits, then entropy", "fused", "fused, logits written"]
+    assert [row[0] for row in rows] == names
+    assert rows[0][1] == 1.0
+
+
 def test_dola_is_missed_by_name(small: Setting) -> None:
     (note,) = benchmarks.__main__.PARTS["generation"](small, Limits(1e9, 1e9)).notes
     assert note == "DoLa was not measured: nowhere/bin/python is not there: make .venv-dola/ready makes it."

@@ -43,12 +43,12 @@ class Backend:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_a_decode_step_compiles_whole_and_selects_as_the_uncompiled_one(family: str) -> None:
+@pytest.mark.parametrize(("family", "scan"), [("llama", "auto"), ("gpt_oss", "auto"), ("llama", "fused")])
+def test_a_decode_step_compiles_whole_and_selects_as_the_uncompiled_one(family: str, scan: str) -> None:
     model = tiny_model(family)
     plain = Backend()
     decode(model, torch.compile(model, backend=plain, fullgraph=True))
-    model = cdsurgery.wrap(model, lookback=LOOKBACK)
+    model = cdsurgery.wrap(model, lookback=LOOKBACK, scan=scan)
     eager = decode(model, model)
     ours = Backend()
     compiled = decode(model, torch.compile(model, backend=ours, fullgraph=True))  # a break would be an error

@@ -100,7 +100,7 @@ KEEPS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS.keys())
-@pytest.mark.parametrize("scan", ["lazy", "full"])
+@pytest.mark.parametrize("scan", ["lazy", "full", "fused"])
 @pytest.mark.parametrize("probability", [1.0, 0.5])
 @torch.no_grad()
 def test_rows_that_are_asked_for_are_selected_as_among_all(scan: str, keep: Any, probability: float) -> None:

@@ -1,0 +1,42 @@
+"""Several rows times one unembedding: entropies by way of all logits, and in the one pass that `scan="fused"` makes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.machine import GPU, Limits
+from benchmarks.report import Table, compared
+from benchmarks.setting import Setting
+from benchmarks.shapes import SHAPES
+from benchmarks.timing import interleaved
+from cdsurgery.entropy import entropy, entropy_of_sums
+from cdsurgery.kernels.unembed_sums import unembed_sums
+
+
+@torch.no_grad()
+def unembeddings(setting: Setting, _limits: Limits) -> Table:
+    """K candidates of `batch` rows, on a GPU where there is one.
+
+    Against one product of `batch` rows, as the unwrapped model makes: reading the weight once, the least that any of
+    them can take; the logits of all candidates and their entropies; these entropies without the logits, and with them.
+    """
+    config, dtype, device = SHAPES[setting.shape], setting.torch_dtype, "cuda" if GPU else "cpu"
+    # Logits as far apart as a trained model's.
+    weight = torch.randn(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    weight *= 4 / config.hidden_size**0.5
+    state = torch.randn(setting.lookback * setting.batch, config.hidden_size, dtype=dtype, device=device)
+
+    def fused(write: bool) -> Tensor:
+        maximum, _, s, t, _ = unembed_sums(state, weight, None, 1.0, None, dtype, write)
+        return entropy_of_sums(maximum, s, t)
+
+    ways = {
+        "one row's logits": lambda: linear(state[: setting.batch], weight),
+        "read W": weight.sum,
+        "logits, then entropy": lambda: entropy(linear(state, weight)),
+        "fused": lambda: fused(write=False),
+        "fused, logits written": lambda: fused(write=True),
+    }
+    return compared(interleaved(ways, setting.rounds))

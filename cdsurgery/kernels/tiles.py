@@ -1,0 +1,161 @@
+"""Rows times tiles of the unembedding -> maximum, its index, s and t of the logits, in OpenAI's Triton language.
+
+`measure_tiles` makes the logits of a block of rows and a tile of the vocabulary, keeps them in registers, and writes
+four numbers a row and tile; `merge_tiles` makes those of whole rows. W_U is read once for a block of rows, and blocks
+that follow each other read the same tile of it, which is then still in the L2 cache. The order of programs is that of
+Triton's tutorial on matrix products, and merging sums of parts is the online softmax of Milakov and Gimelshein
+(arXiv 1805.02867), here for the form of entropy that `cdsurgery.entropy` explains.
+
+Importing this module imports `triton`, which `cdsurgery` alone does not need.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["rows"])
+def measure_tiles(
+    state,  # [rows, width], contiguous
+    weight,  # [vocabulary, width], contiguous along the width
+    bias,  # [vocabulary], or None
+    logits,  # [rows, vocabulary] where they are written; its dtype is that of the logits all the same
+    maximum,  # [rows, tiles] float32, as are s and t
+    index,  # [rows, tiles] int32
+    s,
+    t,
+    rows,
+    vocabulary,
+    width,
+    weight_stride,
+    scale,  # float32, as is softcap
+    softcap,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WRITES: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether BLOCK_D divides the width
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,  # how many blocks of rows share a tile before the next one is read
+):
+    """One block of rows and one tile of the vocabulary: their logits, in registers, and the sums of those."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(vocabulary, BLOCK_V)
+    first = program // (GROUP * tiles) * GROUP
+    members = tl.minimum(tl.cdiv(rows, BLOCK_R) - first, GROUP)
+    place = program % (GROUP * tiles)
+    tile = place // members
+    row = (first + place % members) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+
+    # Behind the end the last row is read again, so that no load but that of a part of the width has a mask.
+    read_row = tl.minimum(row, rows - 1).to(tl.int64)
+    read_column = tl.minimum(column, vocabulary - 1).to(tl.int64)  # V x D may exceed 2^31
+    depth = tl.arange(0, BLOCK_D)
+    x_at = state + read_row[:, None] * width + depth[None, :]
+    w_at = weight + read_column[None, :] * weight_stride + depth[:, None]
+    z = tl.zeros((BLOCK_R, BLOCK_V), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_D):
+        if WHOLE:
+            x, w = tl.load(x_at), tl.load(w_at)
+        else:
+            x = tl.load(x_at, mask=(begin + depth < width)[None, :], other=0.0)
+            w = tl.load(w_at, mask=(begin + depth < width)[:, None], other=0.0)
+        z = tl.dot(x, w, acc=z, input_precision="ieee")
+        x_at += BLOCK_D
+        w_at += BLOCK_D
+
+    # What the model does to its logits, rounded where it rounds them.
+    if bias is not None:
+        z += tl.load(bias + read_column).to(tl.float32)[None, :]
+    z = _rounded(z, state.dtype.element_ty)
+    kind: tl.constexpr = logits.dtype.element_ty
+    if SCALED:
+        z = _rounded(z * scale, kind)
+    if CAPPED:
+        z = _rounded(_rounded(_tanh(_rounded(z * (1.0 / softcap), kind)), kind) * softcap, kind)
+    inside = (row < rows)[:, None] & (column < vocabulary)[None, :]
+    if WRITES:
+        tl.store(logits + read_row[:, None] * vocabulary + read_column[None, :], z.to(kind), mask=inside)
+    z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+
+    top, at = _first_maximum(z, column[None, :])
+    u, lost = _subtract(z, top[:, None])
+    e = tl.where(column[None, :] == at[:, None], 0.0, tl.exp(u))
+    e = tl.where(e == 0, 0.0, e + e * lost)
+    to = row.to(tl.int64) * tiles + tile
+    tl.store(maximum + to, top, mask=row < rows)
+    tl.store(index + to, at, mask=row < rows)
+    tl.store(s + to, tl.sum(e, 1), mask=row < rows)
+    tl.store(t + to, tl.sum(tl.where(e == 0, 0.0, e * u), 1), mask=row < rows)
+
+
+@triton.jit
+def merge_tiles(
+    tile_maximum,  # [rows, tiles] float32, as are tile_s and tile_t
+    tile_index,  # [rows, tiles] int32
+    tile_s,
+    tile_t,
+    maximum,  # [rows] float32, as are s and t
+    index,  # [rows] int64
+    s,
+    t,
+    tiles,
+    BLOCK: tl.constexpr,  # a power of 2, at least `tiles`
+):
+    """One row: `cdsurgery.entropy.merged_sums` of its tiles."""
+    row = tl.program_id(0)
+    part = tl.arange(0, BLOCK)[None, :]
+    of = row.to(tl.int64) * tiles + part
+    m = tl.load(tile_maximum + of, mask=part < tiles, other=-float("inf"))
+    own_s = tl.load(tile_s + of, mask=part < tiles, other=0.0)
+    own_t = tl.load(tile_t + of, mask=part < tiles, other=0.0)
+    own_index = tl.load(tile_index + of, mask=part < tiles, other=0)
+    top, leader = _first_maximum(m, part)
+    leads = part == leader[:, None]
+    d, lost = _subtract(m, top[:, None])
+    e = tl.exp(d)
+    e = tl.where(e == 0, 0.0, e + e * lost)
+    mass = tl.where(e == 0, 0.0, e * (1 + own_s))
+    one = tl.arange(0, 1)
+    tl.store(maximum + row + one, top)
+    tl.store(index + row + one, tl.sum(tl.where(leads, own_index, 0), 1).to(tl.int64))
+    tl.store(s + row + one, tl.sum(tl.where(leads, own_s, mass), 1))
+    tl.store(t + row + one, tl.sum(tl.where(e == 0, 0.0, e * own_t + d * mass), 1))
+
+
+@triton.jit
+def _first_maximum(z, place):
+    """Of each row of z `[R, N]` the maximum and the lowest of the places `[1, N]` where it stands; NaN is above all."""
+    # Whether a maximum shows a NaN depends on the device, so NaN is looked for.
+    unknown = z != z
+    broken = tl.max(unknown.to(tl.int32), 1) > 0
+    top = tl.max(tl.where(unknown, -float("inf"), z), 1)
+    stands = tl.where(broken[:, None], unknown, z == top[:, None])
+    lowest = tl.min(tl.where(stands, place, 2147483647), 1)
+    return tl.where(broken, float("nan"), top), lowest
+
+
+@triton.jit
+def _subtract(a, b):
+    """a - b as (rounded, what rounding lost), as in `cdsurgery.entropy`."""
+    rounded = a - b
+    minus_b = rounded - a
+    return rounded, (a - (rounded - minus_b)) - (b + minus_b)
+
+
+@triton.jit
+def _rounded(z, kind: tl.constexpr):
+    return z.to(kind).to(tl.float32)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to float32's last digits, which Triton's language lacks: near 0 the polynomial of Cephes' tanhf."""
+    square = x * x
+    tail = -5.70498872745e-3 * square + 2.06390887954e-2
+    tail = (tail * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    near = (tail * square - 3.33332819422e-1) * square * x + x
+    return tl.where(tl.abs(x) < 0.625, near, 1 - 2 / (tl.exp(2 * x) + 1))

@@ -1,0 +1,134 @@
+"""Rows and an unembedding -> maximum, its index, s and t of each row's logits: `cdsurgery::unembed_sums` in PyTorch.
+
+A custom operator, so that `torch.compile` and `torch.export` take it as it is. On a GPU it is a kernel in Triton's
+language, which keeps the logits in registers; on a CPU it is PyTorch, a few columns at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cdsurgery.entropy import merged_sums, partial_sums
+from cdsurgery.errors import InvalidInputError, SurgeryError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Logits that the CPU holds at a time: 1 MB in float32, so that what is made of them stays in a core's cache.
+CPU_LOGITS = 2**18
+
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op(
+    "cdsurgery::unembed_sums",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor state, Tensor weight, Tensor? bias, float scale, float? softcap, ScalarType dtype, bool write)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def unembed_sums(
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    write: bool,
+) -> Sums:
+    """What the entropies of `softcap * tanh(scale * linear(state, weight, bias) / softcap)` are made of.
+
+    Products are added up in float32. What `linear` returns is rounded to the dtype of the weights, and every step after
+    it to `dtype`, as a model does that takes these steps one by one.
+
+    Args:
+        state: `[R, D]`, float32, float16 or bfloat16.
+        weight: `[V, D]` of that dtype, its rows contiguous.
+        bias: `[V]` of that dtype, contiguous, or None.
+        scale: what `linear`'s result is multiplied by.
+        softcap: None leaves the logits as they are.
+        dtype: of the logits.
+        write: whether the logits are returned too.
+
+    Returns:
+        maximum, index, s and t, `[R]`: float32, int64 (the lowest of equal ones, as `argmax` gives it), float32 and
+        float32, as `partial_sums` defines them; and the logits, `[R, V]` or else `[0, V]`, in `dtype`.
+
+    Raises:
+        InvalidInputError: tensors of other shapes, dtypes or strides.
+        SurgeryError: they are on a GPU, and Triton is not installed.
+    """
+    _check(state, weight, bias, dtype)
+    rows, vocabulary = len(state), len(weight)
+    step = max(1, CPU_LOGITS // max(1, rows))
+    logits = _no_logits(state, weight, dtype, write)
+    parts = []
+    for begin in range(0, vocabulary, step):
+        columns = slice(begin, begin + step)
+        z = linear(state, weight[columns], None if bias is None else bias[columns]).to(dtype)
+        if scale != 1:
+            z = z * scale
+        if softcap is not None:
+            z = torch.tanh(z / softcap) * softcap
+        if write:
+            logits[:, columns] = z
+        parts.append((z.float().argmax(dim=-1) + begin, *partial_sums(z)))
+    index, maximum, s, t = (torch.stack(pieces) for pieces in zip(*parts, strict=True))
+    index = index.gather(0, maximum.argmax(dim=0, keepdim=True)).squeeze(0)
+    maximum, s, t = merged_sums(maximum, s, t)
+    return maximum, index, s, t, logits
+
+
+@unembed_sums.register_kernel("cuda")
+def _on_gpu(
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    write: bool,
+) -> Sums:
+    _check(state, weight, bias, dtype)
+    try:
+        from cdsurgery.kernels.launch import launch
+    except ImportError as error:
+        raise SurgeryError(
+            f"scan='fused' runs a kernel in Triton's language on a GPU, and Triton cannot be imported ({error}). "
+            "PyTorch's CUDA builds for Linux bring it; else: pip install triton. Or use scan='full'."
+        ) from error
+    logits = _no_logits(state, weight, dtype, write)
+    return *launch(state, weight, bias, scale, softcap, logits), logits
+
+
+@unembed_sums.register_fake
+def _shapes(
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    write: bool,
+) -> Sums:
+    _check(state, weight, bias, dtype)
+    maximum, s, t = (state.new_empty(state.shape[0], dtype=torch.float32) for _ in range(3))
+    index = state.new_empty(state.shape[0], dtype=torch.int64)
+    return maximum, index, s, t, _no_logits(state, weight, dtype, write)
+
+
+def _no_logits(state: Tensor, weight: Tensor, dtype: torch.dtype, write: bool) -> Tensor:
+    return state.new_empty((state.shape[0] if write else 0, weight.shape[0]), dtype=dtype)
+
+
+def _check(state: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    given = [state, weight] if bias is None else [state, weight, bias]
+    fits = state.ndim == weight.ndim == 2 and state.shape[1] == weight.shape[1] and weight.shape[0] > 0
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    alike = {tensor.dtype for tensor in given} == {weight.dtype} and weight.dtype in DTYPES and dtype in DTYPES
+    if not fits or not alike or any(tensor.stride(-1) != 1 for tensor in given[1:]):
+        found = ", ".join(f"{list(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}" for tensor in given)
+        raise InvalidInputError(
+            f"unembed_sums got {found}, for logits in {dtype}. It takes a state [R, D], a weight [V, D] and a bias [V] "
+            "or None, of one dtype among float32, float16 and bfloat16; the last axis of weight and bias is contiguous."
+        )

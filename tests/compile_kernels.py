@@ -1,0 +1,59 @@
+"""The launch of every kind of kernel, but for the launch itself -> what was compiled, as JSON; run as a script.
+
+The interpreter takes code that the compiler refuses, and has neither shared memory nor tensor cores. Triton compiles
+for a GPU that is not there, given a driver that names one.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from cdsurgery.kernels.launch import launch
+
+run = JITFunction.run
+
+
+def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, everything: bool) -> list[dict[str, Any]]:
+    """What a launch compiles: for each kernel its name, instructions of interest and bytes of shared memory."""
+    kernels: list[Any] = []
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    driver = SimpleNamespace(
+        get_current_device=lambda: architecture,  # what is compiled is kept for a device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+    )
+    triton.runtime.driver.set_active(driver)
+    with patch.object(JITFunction, "run", only_compile):
+        state, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(300, width, dtype=dtype)
+        logits = torch.zeros(rows if everything else 0, 300, dtype=dtype)
+        bias = torch.zeros(300, dtype=dtype) if everything else None
+        launch(state, weight, bias, 0.5 if everything else 1.0, 30.0 if everything else None, logits)
+    words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.")
+    return [
+        {
+            "name": kernel.metadata.name,
+            "shared": kernel.metadata.shared,
+            "instructions": [word for word in words if word in kernel.asm["ptx"]],
+        }
+        for kernel in kernels
+    ]
+
+
+if __name__ == "__main__":
+    cases = (
+        (80, torch.bfloat16, 11, 128, True),
+        (90, torch.float16, 200, 128, False),
+        (90, torch.float32, 11, 77, True),
+    )
+    print(json.dumps([compiled(*case) for case in cases]))
