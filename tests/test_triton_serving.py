@@ -17,7 +17,7 @@ from triton_server import ROOT
 
 from cdsurgery import export
 from cdsurgery.export.artifact.manifest import read_manifest
-from cdsurgery.export.triton.repository import ARTIFACT, _tensors
+from cdsurgery.export.triton.repository import ARTIFACT
 from cdsurgery.export.triton.serving.cache import Rows, mask_and_positions, regroup
 from cdsurgery.export.triton.serving.decoder import OrtDecoder
 from cdsurgery.export.triton.serving.detokenizer import Detokenizer, StopWords
@@ -27,6 +27,7 @@ from cdsurgery.export.triton.serving.sampling import Sampler, SamplingOptions
 from cdsurgery.export.triton.serving.scheduler import Scheduler
 from cdsurgery.export.triton.serving.sequence import Sequence as Request
 from cdsurgery.export.triton.serving.settings import Settings, check_files, read_settings
+from cdsurgery.export.triton.settings import tensors
 
 FAMILIES = ("llama", "qwen3_5_text")  # keys and values; a hybrid, whose other states have no axis of tokens
 NEW = 12
@@ -41,9 +42,9 @@ def settings_of(family: str, **changes: Any) -> Settings:
         "vocabulary": vocabulary,
         "context": 128,
         "end_tokens": (),
-        "tokens": _tensors(signature.tokens),
-        "past": _tensors(signature.past),
-        "present": _tensors(signature.present),
+        "tokens": tensors(signature.tokens),
+        "past": tensors(signature.past),
+        "present": tensors(signature.present),
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -54,6 +55,8 @@ def settings_of(family: str, **changes: Any) -> Settings:
         "queue_timeout_seconds": None,
         "request_timeout_seconds": None,
         "threads": 1,
+        "providers": {},
+        "cache": None,
         "step_model": None,
         "files": {},
     }
