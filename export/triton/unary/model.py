@@ -43,12 +43,14 @@ class TritonPythonModel:
                 message = f"stream is true, and {self._name} answers once. Ask {self._model} for a stream."
                 _fail(sender, pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
                 continue
+            # The model takes none and names those that came; as text, since there is no way to hand on a float.
+            parameters = {name: str(value) for name, value in json.loads(request.parameters() or "{}").items()}
             call = pb_utils.InferenceRequest(
                 model_name=self._model,
                 requested_output_names=sorted(request.requested_output_names()),
                 inputs=request.inputs(),
                 request_id=request.request_id(),
-                parameters=json.loads(request.parameters() or "{}"),
+                parameters=parameters,
                 timeout=request.timeout(),
                 preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
             )
