@@ -10,41 +10,17 @@ from typing import Any
 
 import pytest
 from command_line import exit_code
+from served import SIGNATURE
 from triton_server import ENVIRONMENT, ROOT
 
 from cdsurgery import export
 from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
-from cdsurgery.export.signature import Signature, TensorSpec
 from cdsurgery.export.triton.config import step_config, text_config, unary_config
 
 GOLDEN = ROOT / "tests" / "golden"
 PYTHON = ENVIRONMENT / "bin" / "python"
 GPU = export.ServingOptions(
     kind="gpu", gpus=(0, 1), instances=2, warm_up=False, rate_limit={"memory": 2, "bus": 1}, step="tensorrt"
-)
-
-
-# A layer of linear attention and one with keys and values, in two dtypes: every kind of axis there is.
-SIGNATURE = Signature(
-    inputs=(
-        TensorSpec("input_ids", "int64", ("batch", "sequence")),
-        TensorSpec("attention_mask", "int64", ("batch", "total")),
-        TensorSpec("position_ids", "int64", ("batch", "sequence")),
-        TensorSpec("past.0.conv", "float16", ("batch", 128, 3)),
-        TensorSpec("past.0.recurrent", "float32", ("batch", 4, 16, 16)),
-        TensorSpec("past_key_values.1.key", "float16", ("batch", 2, "past", 16)),
-        TensorSpec("past_key_values.1.value", "float16", ("batch", 2, "past", 16)),
-    ),
-    outputs=(
-        TensorSpec("logits", "float32", ("batch", 1, 256)),
-        TensorSpec("final_logits", "float32", ("batch", 1, 256)),
-        TensorSpec("selected_layer", "int64", ("batch", 1)),
-        TensorSpec("entropy", "float32", ("batch", 1, 3)),
-        TensorSpec("present.0.conv", "float16", ("batch", 128, 3)),
-        TensorSpec("present.0.recurrent", "float32", ("batch", 4, 16, 16)),
-        TensorSpec("present.1.key", "float16", ("batch", 2, "total", 16)),
-        TensorSpec("present.1.value", "float16", ("batch", 2, "total", 16)),
-    ),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import onnxruntime
 import pytest
 import torch
 from artifacts import artifact, wrapped
-from test_triton_serving import Reply, prompts, request, truth
+from served import SIGNATURE, Reply, prompts, request, truth
+from triton_server import ROOT
 
 from cdsurgery import export
 from cdsurgery.export.artifact.manifest import read_manifest
@@ -25,16 +27,17 @@ from cdsurgery.export.triton.serving.scheduler import Scheduler
 from cdsurgery.export.triton.serving.settings import Settings, read_settings
 from cdsurgery.export.triton.settings import serving_settings
 
+TINY = ROOT / "examples" / "tiny_lm"
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FILES = {"artifact/model.onnx": {"sha256": "a", "size": 1}}
 
 
-def tensorrt_settings(cache: Path | None = None, **changes: Any) -> Settings:
+def tensorrt_settings(cache: Path | None = None) -> Settings:
     """Four slots, chunks of 5, a context of 40."""
-    folder = artifact("llama")
     options = export.ServingOptions(kind="gpu", providers="tensorrt", cache=cache, slots=4, chunk=5, context=40)
-    made = serving_settings(folder, read_manifest(folder), options, files=FILES, step_model=None)
-    return replace(made, end_tokens=(), temperature=0.0, **changes)
+    manifest: Any = SimpleNamespace(signature=SIGNATURE, layers=3)
+    made = serving_settings(TINY, manifest, options, files=FILES, step_model=None)
+    return replace(made, end_tokens=())  # answers are as long as they are asked for
 
 
 def sizes(shapes: str) -> dict[str, list[int]]:
@@ -43,37 +46,52 @@ def sizes(shapes: str) -> dict[str, list[int]]:
     return {name: list(map(int, size.split("x"))) for name, size in pairs}
 
 
+class Shapes:
+    """A decoder that computes nothing, whose states are arrays, and that keeps the shapes of what it gets."""
+
+    def __init__(self, config: Settings) -> None:
+        self.config, self.seen = config, []
+
+    def run(self, tokens: dict[str, Any], past: Any, wanted: Any) -> tuple[dict[str, Any], list[Any]]:
+        names = (spec.name for spec in self.config.past)
+        given = tokens | dict(zip(names, past, strict=True))
+        self.seen.append({name: list(array.shape) for name, array in given.items()})
+        batch, new = tokens["input_ids"].shape
+        wide = [(0, 0), (0, 0), (0, new), (0, 0)]
+        later = [
+            np.pad(state, wide) if spec.growing else state for spec, state in zip(self.config.past, past, strict=True)
+        ]
+        results = {"logits": np.ones((batch, 1, 256)), "selected_layer": np.full((batch, 1), 3)}
+        return {name: results[name] for name in wanted}, later
+
+    def fetch(self, states: Any) -> list[Any]:
+        return list(states)
+
+    place = fetch
+
+
 @pytest.mark.parametrize(("provider", "prefix"), [(TENSORRT, "trt"), (TENSORRT_RTX, "nv")])
-def test_every_shape_that_the_scheduler_runs_is_one_that_the_engine_is_built_for(
-    tmp_path: Path, provider: str, prefix: str
-) -> None:
+def test_every_shape_that_the_scheduler_runs_is_one_that_the_engine_is_built_for(provider: str, prefix: str) -> None:
     """The longest prompt and the longest answer, all slots taken: the largest shapes are reached and not passed."""
     config = tensorrt_settings()
     smallest, tuned, largest = (
         sizes(config.providers[provider][f"{prefix}_profile_{size}_shapes"]) for size in ("min", "opt", "max")
     )
-    (tmp_path / ARTIFACT).symlink_to(artifact("llama"))
-    decoder, seen = OrtDecoder(tmp_path, replace(config, providers={}), ("cpu", 0)), []
-    run = decoder.run
-
-    def spy(tokens: dict[str, Any], past: Any, wanted: Any) -> Any:
-        cache = {spec.name: list(state.shape()) for spec, state in zip(config.past, past, strict=True)}
-        seen.append({name: list(array.shape) for name, array in tokens.items()} | cache)
-        return run(tokens, past, wanted)
-
-    decoder.run = spy  # type: ignore[method-assign]
+    decoder = Shapes(config)
     scheduler = Scheduler(decoder, config)
     for length in (37, 37, 3, 3):
         scheduler.submit(request(config, [1] * length, Reply(), max_tokens=40 - length))
     while scheduler.step():
         pass
-    assert seen[0].keys() == smallest.keys() == tuned.keys() == largest.keys()
-    reached = {name: np.array([shapes[name] for shapes in seen]) for name in smallest}
+    assert decoder.seen[0].keys() == smallest.keys() == tuned.keys() == largest.keys()
+    reached = {name: np.array([shapes[name] for shapes in decoder.seen]) for name in smallest}
     for name, found in reached.items():
         assert (found >= smallest[name]).all() and (found <= largest[name]).all(), name
         assert tuned[name][0] == 4
     assert reached["input_ids"].max(0).tolist() == largest["input_ids"] == [4, 5]
-    assert reached[config.past[0].name][:, 2].max() == largest[config.past[0].name][2] == 38
+    for spec in config.past:
+        if spec.growing is not None:
+            assert reached[spec.name][:, 2].max() == largest[spec.name][2] == 38
 
 
 class Opened:
@@ -181,8 +199,11 @@ def test_a_cache_that_others_can_write_or_that_cannot_be_made_is_refused(
     reason="needs a CUDA device and an ONNX Runtime with TensorRT",
 )
 def test_on_a_gpu_the_first_tokens_are_those_of_pytorch_and_the_second_start_finds_the_engine(tmp_path: Path) -> None:
-    (tmp_path / ARTIFACT).symlink_to(artifact("llama"))
-    config, kept = tensorrt_settings(tmp_path / "cache"), []
+    folder = artifact("llama")
+    (tmp_path / ARTIFACT).symlink_to(folder)
+    options = export.ServingOptions(kind="gpu", providers="tensorrt", cache=tmp_path / "cache", slots=4, context=40)
+    made = serving_settings(folder, read_manifest(folder), options, files=FILES, step_model=None)
+    config, kept = replace(made, end_tokens=()), []
     asked = prompts(config.vocabulary)
     for _ in range(2):
         scheduler, replies = Scheduler(OrtDecoder(tmp_path, config, ("cuda", 0)), config), [Reply() for _ in asked]
