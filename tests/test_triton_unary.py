@@ -79,6 +79,7 @@ class Sender:
         self.done.set()
 
     def is_cancelled(self) -> bool:
+        assert not self.sent, "Triton may have forgotten the request"
         return self.gone
 
     def answer(self) -> Response:
@@ -222,3 +223,4 @@ def test_a_triton_that_cannot_cancel_is_left_to_finish(twin: Any, calls: Any, mo
     assert not goes.sender.sent
     calls[0].responses.say(text("late"))
     assert goes.sender.answer().tensors[0].as_numpy().item() == "late"
+    time.sleep(0.2)

@@ -29,7 +29,8 @@ class TritonPythonModel:
         told = json.loads((Path(__file__).resolve().parent / SETTINGS).read_text(encoding="utf-8"))
         self._name, self._model = args["model_name"], told["model"]
         self._pool = ThreadPoolExecutor(told["requests"])
-        self._waiting: dict[Any, Any] = {}  # response sender -> the responses that it is to get one of
+        self._waiting: dict[Any, Any] = {}  # response sender -> the responses of which it is to get one
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._watch = threading.Thread(target=self._pass_on_cancellations, daemon=True)
         self._watch.start()
@@ -41,7 +42,7 @@ class TritonPythonModel:
             stream = pb_utils.get_input_tensor_by_name(request, "stream")
             if stream is not None and stream.as_numpy().any():
                 message = f"stream is true, and {self._name} answers once. Ask {self._model} for a stream."
-                _fail(sender, pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+                _answer(sender, _failure(message, pb_utils.TritonError.INVALID_ARG))
                 continue
             # The model takes none and names those that came; as text, since there is no way to hand on a float.
             parameters = {name: str(value) for name, value in json.loads(request.parameters() or "{}").items()}
@@ -64,34 +65,38 @@ class TritonPythonModel:
 
     def _forward(self, call: Any, sender: Any) -> None:
         try:
-            responses = call.exec(decoupled=True)
-            self._waiting[sender] = responses
-            # A request that asks for no stream gets one response; the model may close with an empty one.
-            answer = next(one for one in responses if one.has_error() or one.output_tensors())
-        except StopIteration:
-            _fail(sender, pb_utils.TritonError(f"{self._model} sent no answer."))
+            response = self._ask(call, sender)
         except Exception as error:  # the model is not loaded, or its process has died
-            _fail(sender, pb_utils.TritonError(str(error)))
-        else:
-            if answer.has_error():
-                _fail(sender, answer.error())
-            else:
-                _send(sender, pb_utils.InferenceResponse(output_tensors=answer.output_tensors()))
-        finally:
+            response = _failure(str(error))
+        with self._lock:  # nobody may ask Triton about a request that has been answered
             self._waiting.pop(sender, None)
+        _answer(sender, response)
+
+    def _ask(self, call: Any, sender: Any) -> Any:
+        responses = call.exec(decoupled=True)
+        with self._lock:
+            self._waiting[sender] = responses
+        # A request that asks for no stream gets one response; the model may close with an empty one.
+        told = next((one for one in responses if one.has_error() or one.output_tensors()), None)
+        if told is None:
+            return _failure(f"{self._model} sent no answer.")
+        if told.has_error():
+            return pb_utils.InferenceResponse(error=told.error())
+        return pb_utils.InferenceResponse(output_tensors=told.output_tensors())
 
     def _pass_on_cancellations(self) -> None:
         """Cancel the request to the other model when the client of the one here has gone."""
         while not self._stopped.wait(CANCEL_CHECK_SECONDS):
-            for sender, responses in list(self._waiting.items()):
-                # Triton 2.51 has no way to do so: there the answer is computed to its end.
-                if hasattr(responses, "cancel") and sender.is_cancelled():
-                    responses.cancel()
+            with self._lock:
+                for sender, responses in self._waiting.items():
+                    # Triton 2.51 has no way to do so: there the answer is computed to its end.
+                    if hasattr(responses, "cancel") and sender.is_cancelled():
+                        responses.cancel()
 
 
-def _fail(sender: Any, error: Any) -> None:
-    _send(sender, pb_utils.InferenceResponse(error=error))
+def _failure(message: str, *code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, *code))
 
 
-def _send(sender: Any, response: Any) -> None:
+def _answer(sender: Any, response: Any) -> None:
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
