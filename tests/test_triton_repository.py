@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -128,6 +129,26 @@ def test_what_somebody_else_wrote_is_not_replaced(servable: Path, tmp_path: Path
     with pytest.raises(ArtifactError, match="something else wrote"):
         export.to_triton(servable, tmp_path / "repository", name="tiny")
     assert contents(tmp_path / "repository") == {"tiny/config.pbtxt": b'name: "tiny"'}
+
+
+def test_a_place_that_cannot_be_written_is_an_error_that_leaves_nothing(
+    servable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        export.to_triton(servable, tmp_path / "file", name="tiny")
+    with pytest.raises(ArtifactError, match=r"in which repository was to be made, does not exist"):
+        export.to_triton(servable, tmp_path / "missing" / "repository", name="tiny")
+    export.to_triton(servable, tmp_path / "repository", name="tiny")
+    before = contents(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ArtifactError, match=r"nothing of it was kept: .*No space left on device.* bytes are free in"):
+        export.to_triton(servable, tmp_path / "repository", name="tiny", options=export.ServingOptions(slots=3))
+    assert contents(tmp_path) == before
 
 
 def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: Path, tmp_path: Path) -> None:

@@ -129,6 +129,15 @@ def test_the_twin_refuses_a_stream_and_says_who_has_one(server: Server) -> None:
     assert status == 501, "Triton takes unary requests to decoupled models now: the twin has nothing to do"
 
 
+def test_16_unary_requests_are_in_slots_at_the_same_time(server: Server) -> None:
+    server.settle("cdsurgery_running_requests", 0)
+    with ThreadPoolExecutor(16) as pool:
+        fields = {"max_tokens": 200, "return_num_output_tokens": True}  # longer than the gauge takes to be shown
+        asked = [pool.submit(server.generate, "tiny_unary", "import ", **fields) for _ in range(16)]
+        server.settle("cdsurgery_running_requests", 16)
+        assert {one.result()["num_output_tokens"] for one in asked} == {200}
+
+
 def test_ids_beyond_the_model_and_weights_that_are_no_numbers_end_their_request(server: Server) -> None:
     assert server.generate("beyond", "def ", max_tokens=2)["text_output"]
     status, answer = server.post("/v2/models/beyond/generate", {"text_input": "def <beyond>"})
