@@ -18,7 +18,11 @@ import transformers
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 from command_line import save_tiny_model
+from filelock import FileLock
+from transformers import AutoTokenizer
 
+import cdsurgery
+from cdsurgery import export
 from cdsurgery.cli.main import main
 
 torch.set_num_threads(1)
@@ -49,6 +53,20 @@ def shown(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         patch.setattr(sys, "stdout", io.StringIO())
         assert main(["demo", "--model", str(folder), "--keep", str(artifact), "--lookback", "3", "--json"]) == 0
         return artifact, json.loads(sys.stdout.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of examples/tiny_lm, which takes half a minute to make: once a run, for all its workers."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose temporary folders lie in one folder of the run
+        place = place.parent
+    model = Path(__file__).resolve().parents[1] / "examples" / "tiny_lm"
+    with FileLock(place / "tiny_lm.lock"):
+        if not (place / "tiny_lm").exists():
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            export.to_onnx(cdsurgery.wrap(model), place / "tiny_lm", tokenizer=tokenizer)
+    return place / "tiny_lm"
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ def source_files() -> dict[str, Path]:
 
 FILES = source_files()
 # What is copied into a Triton repository runs there without this package, under another name.
-SERVING = "cdsurgery.export.triton.serving"
+SERVING, UNARY = "cdsurgery.export.triton.serving", "cdsurgery.export.triton.unary"
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 COPIED = {TREES[name] for name in FILES if name.startswith(f"{SERVING}.")}
 # The modules of cdsurgery/*.py, which stand alone: those of its subpackages build on them.
@@ -150,7 +150,7 @@ def test_the_exporters_do_not_know_the_command_line(name: str) -> None:
     assert not [imported for imported in imports(TREES[name]) if is_inside(imported, "cdsurgery.cli")]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(f"{SERVING}.")])
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith((f"{SERVING}.", f"{UNARY}."))])
 def test_what_runs_in_triton_imports_its_neighbours_by_relative_names_and_little_else(name: str) -> None:
     absolute = [node.module for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.level == 0]
     assert not [module for module in absolute if module and is_inside(module, "cdsurgery")]

@@ -27,12 +27,6 @@ def wrapped() -> ConfidentHead:
     return cdsurgery.wrap(FOLDER)
 
 
-@pytest.fixture(scope="module")
-def artifact(wrapped: ConfidentHead, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    return export.to_onnx(wrapped, tmp_path_factory.mktemp("tiny_lm") / "artifact", tokenizer=tokenizer)
-
-
 def test_it_is_small_deep_and_safe() -> None:
     weights = FOLDER / "model.safetensors"
     assert weights.stat().st_size < 16_000_000
@@ -52,11 +46,11 @@ def test_it_has_learned_python() -> None:
         assert model(ids, labels=ids).loss < 5.0
 
 
-def test_200_texts_of_64_tokens_are_equal_in_pytorch_and_onnx_runtime(wrapped: ConfidentHead, artifact: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(artifact)
+def test_200_texts_of_64_tokens_are_equal_in_pytorch_and_onnx_runtime(wrapped: ConfidentHead, tiny_lm: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     assert len(prompts) == 200
-    report = export.verify(artifact, wrapped, prompts=prompts, new_tokens=64)
+    report = export.verify(tiny_lm, wrapped, prompts=prompts, new_tokens=64)
     print(report)
     assert report.passed
     assert report.texts == 200
@@ -65,10 +59,10 @@ def test_200_texts_of_64_tokens_are_equal_in_pytorch_and_onnx_runtime(wrapped: C
 
 
 def test_confident_decoding_changes_some_tokens_and_traces_are_equal_in_both_runtimes(
-    wrapped: ConfidentHead, artifact: Path
+    wrapped: ConfidentHead, tiny_lm: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    runner = export.load(artifact)
+    runner = export.load(tiny_lm)
     changed = 0
     for prompt in ("def ", "class ", "import "):
         inputs = dict(tokenizer(prompt, return_tensors="pt"))

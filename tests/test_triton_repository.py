@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -10,41 +11,17 @@ from typing import Any
 
 import pytest
 from command_line import exit_code
+from served import SIGNATURE
 from triton_server import ENVIRONMENT, ROOT
 
 from cdsurgery import export
 from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
-from cdsurgery.export.signature import Signature, TensorSpec
-from cdsurgery.export.triton.config import step_config, text_config
+from cdsurgery.export.triton.config import step_config, text_config, unary_config
 
 GOLDEN = ROOT / "tests" / "golden"
 PYTHON = ENVIRONMENT / "bin" / "python"
 GPU = export.ServingOptions(
     kind="gpu", gpus=(0, 1), instances=2, warm_up=False, rate_limit={"memory": 2, "bus": 1}, step="tensorrt"
-)
-
-
-# A layer of linear attention and one with keys and values, in two dtypes: every kind of axis there is.
-SIGNATURE = Signature(
-    inputs=(
-        TensorSpec("input_ids", "int64", ("batch", "sequence")),
-        TensorSpec("attention_mask", "int64", ("batch", "total")),
-        TensorSpec("position_ids", "int64", ("batch", "sequence")),
-        TensorSpec("past.0.conv", "float16", ("batch", 128, 3)),
-        TensorSpec("past.0.recurrent", "float32", ("batch", 4, 16, 16)),
-        TensorSpec("past_key_values.1.key", "float16", ("batch", 2, "past", 16)),
-        TensorSpec("past_key_values.1.value", "float16", ("batch", 2, "past", 16)),
-    ),
-    outputs=(
-        TensorSpec("logits", "float32", ("batch", 1, 256)),
-        TensorSpec("final_logits", "float32", ("batch", 1, 256)),
-        TensorSpec("selected_layer", "int64", ("batch", 1)),
-        TensorSpec("entropy", "float32", ("batch", 1, 3)),
-        TensorSpec("present.0.conv", "float16", ("batch", 128, 3)),
-        TensorSpec("present.0.recurrent", "float32", ("batch", 4, 16, 16)),
-        TensorSpec("present.1.key", "float16", ("batch", 2, "total", 16)),
-        TensorSpec("present.1.value", "float16", ("batch", 2, "total", 16)),
-    ),
 )
 
 
@@ -58,6 +35,7 @@ def configs() -> dict[str, str]:
     return {
         "text": text_config("my-llm", export.ServingOptions()),
         "text_gpu": text_config("my-llm", GPU),
+        "text_unary": unary_config("my-llm_unary"),
         "step": step_config("my-llm_step", SIGNATURE, export.ServingOptions(step="onnxruntime")),
         "step_gpu": step_config("my-llm_step", SIGNATURE, GPU),
     }
@@ -67,20 +45,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["text", "text_gpu", "step", "step_gpu"])
+@pytest.mark.parametrize("name", ["text", "text_gpu", "text_unary", "step", "step_gpu"])
 def test_configs_are_these_bytes(name: str) -> None:
     assert configs()[name] == (GOLDEN / f"{name}.pbtxt").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="make test builds the environment .venv-triton")
-@pytest.mark.parametrize("name", ["text", "text_gpu", "step", "step_gpu"])
+@pytest.mark.parametrize("name", ["text", "text_gpu", "text_unary", "step", "step_gpu"])
 def test_tritons_own_protobuf_reads_every_field(name: str) -> None:
     text = (GOLDEN / f"{name}.pbtxt").read_text(encoding="utf-8")
     script = ROOT / "tests" / "clients" / "triton_config.py"
     done = subprocess.run([PYTHON, "-I", script], input=text, capture_output=True, text=True, check=True)
     config = json.loads(done.stdout)
     if name.startswith("text"):
-        assert config["model_transaction_policy"] == {"decoupled": True}
+        policy = config["model_transaction_policy"]
+        assert policy == ({} if name == "text_unary" else {"decoupled": True})  # JSON leaves out what is false
         assert [entry["name"] for entry in config["input"] if not entry.get("optional")] == ["text_input"]
     else:
         assert [entry["name"] for entry in config["input"]] == [spec.name for spec in SIGNATURE.inputs]
@@ -108,7 +87,7 @@ def test_a_second_time_changes_no_byte_and_no_time_and_other_options_change_the_
 
     export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(slots=3))
     changed = {name for name, data in contents(repository).items() if first.get(name) != data}
-    assert changed == {"tiny/1/serving.json"}
+    assert changed == {"tiny/1/serving.json", "tiny_unary/1/unary.json"}
     export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(version=2))
     assert {path.name for path in (repository / "tiny").iterdir()} == {"1", "2", "config.pbtxt", "warmup"}
     assert [path.name for path in tmp_path.iterdir()] == ["repository"], "something was left behind"
@@ -126,6 +105,16 @@ def test_through_a_step_model_the_graph_is_there_once(servable: Path, tmp_path: 
     assert sorted(map(str, found)) == ["tiny_step/1/model.onnx", "tiny_step/1/model.onnx.data"]
 
 
+def test_the_unary_twin_is_code_and_a_name_and_can_be_left_out(servable: Path, tmp_path: Path) -> None:
+    options = export.ServingOptions(slots=3, queue=4, instances=2)
+    export.to_triton(servable, tmp_path / "repository", name="tiny", options=options)
+    found = contents(tmp_path / "repository" / "tiny_unary")
+    assert found.keys() == {"config.pbtxt", "1/__init__.py", "1/model.py", "1/unary.json"}
+    assert json.loads(found["1/unary.json"]) == {"model": "tiny", "requests": 2 * (3 + 4) + 1}
+    export.to_triton(servable, tmp_path / "without", name="tiny", options=export.ServingOptions(unary=False))
+    assert [path.name for path in (tmp_path / "without").iterdir()] == ["tiny"]
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "", ".hidden", "a..b", "/abs", "x" * 200, "a\n", "é"])
 def test_names_that_are_like_paths_are_refused(servable: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidInputError, match="model name"):
@@ -140,6 +129,26 @@ def test_what_somebody_else_wrote_is_not_replaced(servable: Path, tmp_path: Path
     with pytest.raises(ArtifactError, match="something else wrote"):
         export.to_triton(servable, tmp_path / "repository", name="tiny")
     assert contents(tmp_path / "repository") == {"tiny/config.pbtxt": b'name: "tiny"'}
+
+
+def test_a_place_that_cannot_be_written_is_an_error_that_leaves_nothing(
+    servable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        export.to_triton(servable, tmp_path / "file", name="tiny")
+    with pytest.raises(ArtifactError, match=r"in which repository was to be made, does not exist"):
+        export.to_triton(servable, tmp_path / "missing" / "repository", name="tiny")
+    export.to_triton(servable, tmp_path / "repository", name="tiny")
+    before = contents(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ArtifactError, match=r"nothing of it was kept: .*No space left on device.* bytes are free in"):
+        export.to_triton(servable, tmp_path / "repository", name="tiny", options=export.ServingOptions(slots=3))
+    assert contents(tmp_path) == before
 
 
 def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: Path, tmp_path: Path) -> None:
@@ -171,6 +180,11 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
         ({"kind": "tpu"}, "kind is 'tpu'; it must be one of 'cpu', 'gpu'"),
         ({"gpus": (0,)}, "Ask for kind='gpu'"),
         ({"bls": True}, "say for which backend"),
+        ({"providers": "cuda"}, "providers is 'cuda'; it must be one of None, 'tensorrt'"),
+        ({"providers": "tensorrt"}, "needs kind='gpu' and no bls"),
+        ({"providers": "tensorrt", "kind": "gpu", "step": "onnxruntime", "bls": True}, "needs kind='gpu' and no bls"),
+        ({"cache": "/var/cache"}, "it is for providers='tensorrt'"),
+        ({"providers": "tensorrt", "kind": "gpu", "cache": "cache"}, "must be an absolute path"),
         ({"queue_timeout_seconds": 0}, "must be a number of seconds above 0"),
         ({"rate_limit": {"memory": 0}}, "whole number of at least 1"),
     ],
@@ -194,8 +208,16 @@ def test_the_command_writes_what_the_function_writes(
     arguments = ["export", "triton", str(servable), str(tmp_path / "command"), "--name", "tiny", *options, "--json"]
     assert exit_code(arguments) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["models"] == ["tiny", "tiny_step"]
+    assert document["models"] == ["tiny", "tiny_unary", "tiny_step"]
     same = export.ServingOptions(slots=4, queue_timeout_seconds=2.5, rate_limit={"memory": 2}, step="onnxruntime")
     export.to_triton(servable, tmp_path / "function", name="tiny", options=same)
     assert contents(tmp_path / "command") == contents(tmp_path / "function")
     assert exit_code(["export", "triton", str(servable), str(tmp_path / "c"), "--name", "a/b"]) == 2
+
+    gpu = ["--kind", "gpu", "--providers", "tensorrt", "--cache", "/var/cache/engines", "--no-unary", "--json"]
+    capsys.readouterr()
+    assert exit_code(["export", "triton", str(servable), str(tmp_path / "gpu"), "--name", "tiny", *gpu]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == ["tiny"]
+    same = export.ServingOptions(kind="gpu", providers="tensorrt", cache="/var/cache/engines", unary=False)
+    export.to_triton(servable, tmp_path / "same", name="tiny", options=same)
+    assert contents(tmp_path / "gpu") == contents(tmp_path / "same")

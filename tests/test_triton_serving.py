@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,91 +11,18 @@ import torch
 from artifacts import artifact, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
-from triton_server import ROOT
+from served import NEW, Reply, prompts, request, settings_of, truth
 
 from cdsurgery import export
-from cdsurgery.export.artifact.manifest import read_manifest
-from cdsurgery.export.triton.repository import ARTIFACT, _tensors
+from cdsurgery.export.triton.repository import ARTIFACT
 from cdsurgery.export.triton.serving.cache import Rows, mask_and_positions, regroup
 from cdsurgery.export.triton.serving.decoder import OrtDecoder
-from cdsurgery.export.triton.serving.detokenizer import Detokenizer, StopWords
 from cdsurgery.export.triton.serving.errors import FolderError, RequestError
-from cdsurgery.export.triton.serving.request import parse_request
 from cdsurgery.export.triton.serving.sampling import Sampler, SamplingOptions
 from cdsurgery.export.triton.serving.scheduler import Scheduler
-from cdsurgery.export.triton.serving.sequence import Sequence as Request
-from cdsurgery.export.triton.serving.settings import Settings, check_files, read_settings
+from cdsurgery.export.triton.serving.settings import check_files, read_settings
 
 FAMILIES = ("llama", "qwen3_5_text")  # keys and values; a hybrid, whose other states have no axis of tokens
-NEW = 12
-
-
-def settings_of(family: str, **changes: Any) -> Settings:
-    manifest = read_manifest(artifact(family))
-    signature = manifest.signature
-    vocabulary = int(next(spec.axes[-1] for spec in signature.results if spec.name == "logits"))
-    fields: dict[str, Any] = {
-        "layers": manifest.layers,
-        "vocabulary": vocabulary,
-        "context": 128,
-        "end_tokens": (),
-        "tokens": _tensors(signature.tokens),
-        "past": _tensors(signature.past),
-        "present": _tensors(signature.present),
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "default_max_tokens": 16,
-        "slots": 4,
-        "chunk": 5,
-        "queue": 100,
-        "queue_timeout_seconds": None,
-        "request_timeout_seconds": None,
-        "threads": 1,
-        "step_model": None,
-        "files": {},
-    }
-    return Settings(**(fields | changes))
-
-
-class Reply:
-    """Keeps what would go to a client."""
-
-    def __init__(self) -> None:
-        self.outputs: list[dict[str, Any]] = []
-        self.error: RequestError | None = None
-        self.gone = self.ended = False
-
-    def send(self, outputs: dict[str, Any], final: bool) -> None:
-        assert not self.ended, "a response after the last"
-        self.outputs.append(outputs)
-        self.ended = final
-
-    def fail(self, error: RequestError) -> None:
-        assert not self.ended
-        self.error, self.ended = error, True
-
-    def cancelled(self) -> bool:
-        return self.gone
-
-    @property
-    def tokens(self) -> list[int]:
-        return [int(word) for answer in self.outputs for word in answer["text_output"].item().split()]
-
-
-def numbers(ids: Sequence[int]) -> str:
-    """A tokenizer's decode whose text is the ids themselves."""
-    return "".join(f"{token} " for token in ids)
-
-
-def request(config: Settings, prompt: list[int], reply: Reply, **fields: Any) -> Request:
-    tensors = {"text_input": np.array([b"a"], object), "max_tokens": np.array([NEW], np.int32)}
-    given_fields = {name: np.asarray([value]) for name, value in fields.items()}
-    times = {name: fields.pop(name) for name in ("deadline", "queue_deadline") if name in fields}
-    given_fields = {name: value for name, value in given_fields.items() if name not in times}
-    asked = parse_request(tensors | given_fields, {}, config)
-    return Request(asked, prompt, reply, numbers, config.end_tokens, **times)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -109,26 +35,6 @@ def place(family: str, tmp_path: Path) -> Path:
     """A version folder, as far as the decoder looks."""
     (tmp_path / ARTIFACT).symlink_to(artifact(family))
     return tmp_path
-
-
-def prompts(vocabulary: int, count: int = 9) -> list[list[int]]:
-    generator = np.random.default_rng(3)
-    return [generator.integers(0, vocabulary, length).tolist() for length in generator.integers(1, 14, count)]
-
-
-def truth(model: Any, prompt: list[int], length: int) -> list[int]:
-    """What PyTorch generates after a prompt by itself."""
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        answer = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),  # else every id that is that of padding would be masked
-            max_new_tokens=length,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=-1,
-        )
-    return answer[0, len(prompt) :].tolist()
 
 
 def test_requests_that_join_and_leave_get_the_tokens_that_they_get_alone_from_pytorch(family: str, place: Path) -> None:
@@ -229,67 +135,6 @@ def test_masks_and_positions() -> None:
     mask, positions = mask_and_positions([1, 3, 0], 3, 2)
     assert mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
     assert positions.tolist() == [[1, 2], [3, 4], [0, 1]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_lm")
-
-
-TEXTS = [
-    "def f(x):\n    return x\n",
-    "na\u00efve \u2603 \U0001f600\U0001f600 caf\u00e9",
-    "\u65e5\u672c\u8a9e",
-    "a\ufffdb",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_pieces_of_text_are_whole_characters_and_together_the_text(tokenizer: Any, text: str) -> None:
-    detokenizer = Detokenizer(tokenizer.decode, tokenizer("prompt \u00e9").input_ids)
-    ids = tokenizer(text).input_ids
-    pieces = [detokenizer.push(token) for token in ids]
-    assert "".join(pieces) + detokenizer.flush() == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_an_answer_that_ends_within_a_character_says_so(tokenizer: Any) -> None:
-    ids = tokenizer("a\U0001f600").input_ids[:-1]
-    detokenizer = Detokenizer(tokenizer.decode, [5])
-    pieces = "".join(detokenizer.push(token) for token in ids)
-    assert pieces == "a"
-    assert pieces + detokenizer.flush() == tokenizer.decode([5, *ids])[len(tokenizer.decode([5])) :]
-
-
-def stopped(pieces: Sequence[str], words: Sequence[str]) -> str:
-    stop, text = StopWords(words), ""
-    for piece in pieces:
-        more, ended = stop.push(piece)
-        text += more
-        if ended:
-            return text
-    return text + stop.flush()
-
-
-@given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-@settings(deadline=None)
-def test_text_ends_before_the_first_whole_stop_word_however_it_is_cut(pieces: list[str], words: list[str]) -> None:
-    text = "".join(pieces)
-    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(word) for word in words)]
-    wanted = text
-    if ends:
-        head = text[: ends[0]]
-        wanted = head[: -max(len(word) for word in words if head.endswith(word))]
-    assert stopped(pieces, words) == wanted
-    assert stopped(list(text), words) == wanted
-
-
-def test_nothing_of_a_stop_word_is_shown_before_it_is_complete() -> None:
-    stop = StopWords(["END."])
-    assert [stop.push(piece) for piece in ("on", "e E", "N", "D", "x")] == [
-        ("on", False), ("e ", False), ("", False), ("", False), ("ENDx", False),
-    ]  # fmt: skip
 
 
 LOGITS = np.array([0.0, 3.0, 1.0, 2.0, -np.inf], np.float32)

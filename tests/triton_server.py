@@ -16,12 +16,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+from transformers import AutoTokenizer
+
+from cdsurgery import export
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = Path(os.environ.get("TRITON_ENVIRONMENT", ROOT / ".venv-triton"))
+PYTHON = ENVIRONMENT / "bin" / "python"
+needs_server = pytest.mark.skipif(not PYTHON.exists(), reason="make test builds the environment .venv-triton")
 START_SECONDS = 60.0
 
 
@@ -105,14 +112,18 @@ class Server:
         )
         return int(found.stdout)
 
-    def post(self, path: str, body: bytes | dict[str, Any] | None = None, timeout: float = 60) -> tuple[int, Any]:
-        """POST; return the status and what came back, parsed if it is JSON."""
+    def send(self, path: str, body: bytes | dict[str, Any] | None = None, timeout: float = 60) -> tuple[int, bytes]:
+        """POST; return the status and what came back."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
         try:
             with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=timeout) as answer:
-                status, raw = answer.status, answer.read()
+                return answer.status, answer.read()
         except urllib.error.HTTPError as error:
-            status, raw = error.code, error.read()
+            return error.code, error.read()
+
+    def post(self, path: str, body: bytes | dict[str, Any] | None = None, timeout: float = 60) -> tuple[int, Any]:
+        """POST; return the status and what came back, parsed if it is JSON."""
+        status, raw = self.send(path, body, timeout)
         try:
             return status, json.loads(raw)
         except ValueError:
@@ -137,6 +148,26 @@ class Server:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
+    def settle(self, name: str, value: float, seconds: float = 5) -> None:
+        """Wait until a metric has a value; Triton is told of it twice a second."""
+        end = time.monotonic() + seconds
+        while self.counter(name) != value:
+            assert time.monotonic() < end, f"{name} is {self.counter(name)}, not {value}"
+            time.sleep(0.05)
+
+    def client(self, *jobs: dict[str, Any], way: str = "stream", at_once: int = 16) -> list[dict[str, Any]]:
+        """What tritonclient makes of the jobs, in a process of its own environment; see clients/triton_client.py."""
+        url = f"127.0.0.1:{self.http if way == 'http' else self.grpc}"
+        document = {"url": url, "jobs": jobs, "way": way, "at_once": at_once}
+        return json.loads(self.run(PYTHON, "-I", ROOT / "tests" / "clients" / "triton_client.py", give=document))
+
+    @staticmethod
+    def run(*command: str | Path, give: Any = None) -> str:
+        """What a command prints that gets JSON; it must end well."""
+        done = subprocess.run(command, input=json.dumps(give), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.stdout[-1000:], done.stderr[-3000:])
+        return done.stdout
+
     def stop(self) -> None:
         """End the server and every process it started."""
         with contextlib.suppress(ProcessLookupError):
@@ -153,6 +184,28 @@ def serving(repository: Path, log: Path, *arguments: str) -> Iterator[Server]:
         yield server.wait_ready()
     finally:
         server.stop()
+
+
+def job(
+    text: Any, form: str = "kserve", model: str = "tiny", timeout: int | None = None, **fields: Any
+) -> dict[str, Any]:
+    """A job of clients/triton_client.py."""
+    return {"model": model, "form": form, "timeout": timeout, "fields": {"text_input": text, **fields}}
+
+
+def joined(events: list[dict[str, Any]]) -> str:
+    """The text of a stream."""
+    return "".join(event["text_output"] for event in events)
+
+
+def own_texts(artifact: Path, prompts: Iterable[str], tokens: int) -> dict[str, str]:
+    """What an artifact writes after every prompt, one at a time, in our own runner: greedy, without Triton."""
+    runner, tokenizer, texts = export.load(artifact), AutoTokenizer.from_pretrained(artifact), {}
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        answer = runner.generate(ids, max_new_tokens=tokens, do_sample=False)[0]
+        texts[prompt] = tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True)
+    return texts
 
 
 def free_ports(count: int) -> list[int]:

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     parser.add_argument(
+        "--providers", choices=("tensorrt",), help="run the graph in ONNX Runtime's TensorRT provider, with --kind gpu"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="absolute path on the server's machine where TensorRT keeps engines and timings"
+    )
+    parser.add_argument(
         "--no-warm-up", action="store_true", help="be ready before a first request has gone through the model"
     )
     parser.add_argument(
@@ -51,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resources of Triton's rate limiter that an instance holds while it runs",
     )
     parser.add_argument(
+        "--no-unary", action="store_true", help="do not write NAME_unary, which answers KServe's unary requests"
+    )
+    parser.add_argument(
         "--step", choices=("onnxruntime", "tensorrt"), help="also write NAME_step, the bare graph, for this backend"
     )
     parser.add_argument("--bls", action="store_true", help="run the graph through NAME_step")
@@ -59,11 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> bool:
     """Write the model folders."""
-    names = ["kind", "gpus", "step", *(name.replace("-", "_") for name in NUMBERS)]
+    names = ["kind", "gpus", "providers", "cache", "step", *(name.replace("-", "_") for name in NUMBERS)]
     given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "gpus" in given:
         given["gpus"] = tuple(given["gpus"])
-    given |= {"warm_up": not options.no_warm_up, "bls": options.bls, "rate_limit": _resources(options.rate_limit)}
+    given |= {
+        "warm_up": not options.no_warm_up,
+        "unary": not options.no_unary,
+        "bls": options.bls,
+        "rate_limit": _resources(options.rate_limit),
+    }
     with screen.stage(f"Writing {options.name} into {options.repository}"):
         export = import_export()
         silence_transformers()
@@ -74,7 +88,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             options=export.ServingOptions(**given),
             engine=options.engine,
         )
-    models = [options.name, *([f"{options.name}_step"] if options.step else [])]
+    twins = {"_unary": not options.no_unary, "_step": options.step is not None}
+    models = [options.name, *(f"{options.name}{ending}" for ending, written in twins.items() if written)]
     document = {"repository": str(options.repository), "models": models, "folder": str(folder)}
     screen.result(document, *(f"{options.repository}/{model}" for model in models))
     screen.err.print(f"Serve it: tritonserver --model-repository={options.repository}", style="dim", markup=False)

@@ -1,6 +1,6 @@
 """Ask a model of a Triton server for a stream of text over gRPC. Needs `pip install tritonclient[grpc]`.
 
-python examples/triton_client/client_grpc.py my-llm "def read(self, size=None):"
+python examples/triton_client/client_grpc.py my-llm "def read(self, size=None):" [127.0.0.1:8001]
 """
 
 import queue
@@ -18,9 +18,9 @@ def tensor(name: str, kind: str, value: object, dtype: object) -> grpc.InferInpu
     return given
 
 
-model, prompt = sys.argv[1:]
+model, prompt, *rest = sys.argv[1:]
 arrived: queue.Queue = queue.Queue()
-with grpc.InferenceServerClient("127.0.0.1:8001") as client:
+with grpc.InferenceServerClient(rest[0] if rest else "127.0.0.1:8001") as client:
     client.start_stream(lambda result, error: arrived.put((result, error)))
     inputs = [
         tensor("text_input", "BYTES", prompt.encode(), object),

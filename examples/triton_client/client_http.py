@@ -1,21 +1,20 @@
 """Ask a model of a Triton server for text over HTTP: in one piece, then as a stream. Needs Python and nothing else.
 
-python examples/triton_client/client_http.py my-llm "def read(self, size=None):"
+python examples/triton_client/client_http.py my-llm "def read(self, size=None):" [127.0.0.1:8000]
 """
 
 import json
 import sys
 import urllib.request
 
-URL = "http://127.0.0.1:8000/v2/models"
+model, prompt, *rest = sys.argv[1:]
+address = rest[0] if rest else "127.0.0.1:8000"
 
 
 def post(path: str, **fields: object) -> urllib.request.Request:
     """A POST of JSON."""
-    return urllib.request.Request(f"{URL}/{path}", json.dumps(fields).encode())
+    return urllib.request.Request(f"http://{address}/v2/models/{path}", json.dumps(fields).encode())
 
-
-model, prompt = sys.argv[1:]
 
 with urllib.request.urlopen(post(f"{model}/generate", text_input=prompt, max_tokens=32, return_layers=True)) as answer:
     document = json.load(answer)

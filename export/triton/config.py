@@ -1,4 +1,4 @@
-"""A signature and options -> the text of `config.pbtxt`, for the text model and for the bare graph.
+"""A signature and options -> the text of `config.pbtxt`, for the text model, its unary twin and the bare graph.
 
 Triton's protobuf classes come in `tritonclient[grpc]`, which needs protobuf below 7 while onnx here runs with 7, so the
 text is written as such. Tests parse it with those classes in the server's own environment, where a field that does not
@@ -38,23 +38,17 @@ def text_config(name: str, options: ServingOptions) -> str:
 
     Shapes are `[1, 1]` or `[1, n]`: the batch of one that Triton's OpenAI frontend sends. Requests are batched inside.
     """
-    fields: dict[str, Any] = {
-        "name": name,
-        "backend": "python",
-        "max_batch_size": 1,
-        "model_transaction_policy": {"decoupled": True},
-        "input": [
-            {"name": key, "data_type": Word(kind), "dims": [size]} | ({} if key == "text_input" else {"optional": True})
-            for key, (kind, size) in INPUTS.items()
-        ],
-        "output": [{"name": key, "data_type": Word(kind), "dims": [size]} for key, (kind, size) in OUTPUTS.items()],
-        "instance_group": [_instances(options)],
-    }
+    fields = _text_fields(name, decoupled=True) | {"instance_group": [_instances(options)]}
     if options.warm_up:
         text = {"data_type": Word("TYPE_STRING"), "dims": [1], "input_data_file": WARM_UP_FILE}
         first = {"name": "first request", "batch_size": 1, "inputs": {"key": "text_input", "value": text}}
         fields["model_warmup"] = [first]
     return _message(fields)
+
+
+def unary_config(name: str) -> str:
+    """The config of the twin that hands requests on to that model: the same inputs and outputs, and one process."""
+    return _message(_text_fields(name, decoupled=False) | {"instance_group": [{"count": 1, "kind": Word("KIND_CPU")}]})
 
 
 def step_config(name: str, signature: Signature, options: ServingOptions) -> str:
@@ -74,6 +68,20 @@ def step_config(name: str, signature: Signature, options: ServingOptions) -> str
         "instance_group": [_instances(options)],
     }
     return _message(fields)
+
+
+def _text_fields(name: str, *, decoupled: bool) -> dict[str, Any]:
+    return {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": 1,
+        "model_transaction_policy": {"decoupled": decoupled},
+        "input": [
+            {"name": key, "data_type": Word(kind), "dims": [size]} | ({} if key == "text_input" else {"optional": True})
+            for key, (kind, size) in INPUTS.items()
+        ],
+        "output": [{"name": key, "data_type": Word(kind), "dims": [size]} for key, (kind, size) in OUTPUTS.items()],
+    }
 
 
 def _instances(options: ServingOptions) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from cdsurgery.errors import InvalidInputError
 
 Kind = Literal["cpu", "gpu"]
 Step = Literal["onnxruntime", "tensorrt"]
+Providers = Literal["tensorrt"]
 
 # What each number may be at least.
 _LEAST = {"version": 1, "instances": 1, "slots": 1, "chunk": 1, "queue": 0, "max_tokens": 1, "threads": 0}
@@ -33,8 +35,12 @@ class ServingOptions:
         max_tokens: of an answer whose request names none.
         context: tokens of prompt and answer together; None for what the model's config says.
         threads: of ONNX Runtime in an instance; 0 for one a core.
+        providers: "tensorrt" for ONNX Runtime's TensorRT provider, with kind="gpu"; None for CUDA there, else the CPU.
+        cache: an absolute path on the server's machine where TensorRT keeps engines and timings, so that the next start
+            is quick; None keeps nothing.
         warm_up: whether Triton sends a first request before it says that the model is ready.
         rate_limit: resources that an instance holds while it runs, name -> count, for Triton's rate limiter.
+        unary: also write NAME_unary, which answers KServe's unary requests: a decoupled model such as NAME takes none.
         step: also write NAME_step, the bare graph, for this backend of Triton; None for no such model.
         bls: run the graph through NAME_step and not in the process of NAME.
     """
@@ -51,13 +57,21 @@ class ServingOptions:
     max_tokens: int = 16
     context: int | None = None
     threads: int = 0
+    providers: Providers | None = None
+    cache: str | os.PathLike[str] | None = None
     warm_up: bool = True
     rate_limit: Mapping[str, int] = field(default_factory=dict)
+    unary: bool = True
     step: Step | None = None
     bls: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", get_args(Kind)), ("step", (None, *get_args(Step)))):
+        kinds = (
+            ("kind", get_args(Kind)),
+            ("providers", (None, *get_args(Providers))),
+            ("step", (None, *get_args(Step))),
+        )
+        for name, allowed in kinds:
             if getattr(self, name) not in allowed:
                 raise InvalidInputError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}."
@@ -78,6 +92,16 @@ class ServingOptions:
             raise InvalidInputError(f"gpus is {list(self.gpus)} and kind is {self.kind!r}. Ask for kind='gpu'.")
         if self.bls and self.step is None:
             raise InvalidInputError("bls runs the graph through NAME_step: say for which backend with step.")
+        if self.providers is not None and (self.kind != "gpu" or self.bls):
+            raise InvalidInputError(
+                f"providers is {self.providers!r}, kind is {self.kind!r} and bls is {self.bls}. TensorRT in the "
+                "model's process needs kind='gpu' and no bls."
+            )
+        if self.cache is not None and (self.providers is None or not os.path.isabs(self.cache)):
+            raise InvalidInputError(
+                f"cache is {os.fspath(self.cache)!r}; it must be an absolute path on the server's machine, and it is "
+                "for providers='tensorrt'."
+            )
 
 
 def _check_count(name: str, value: object, least: int) -> None:

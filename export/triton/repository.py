@@ -8,29 +8,30 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import NAME as MANIFEST
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
-from cdsurgery.export.signature import TensorSpec
-from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config
+from cdsurgery.export.artifact.staging import workplace
+from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config, unary_config
 from cdsurgery.export.triton.options import ServingOptions
 from cdsurgery.export.triton.serving import settings as serving
+from cdsurgery.export.triton.settings import serving_settings
 
 ARTIFACT = "artifact"
+UNARY_SETTINGS = "unary.json"  # as `unary.model`, which only a server can import, calls it
+# One of these lies in a version folder that this module wrote.
+OURS = (serving.NAME, *STEP_FILES.values(), UNARY_SETTINGS)
 # A letter or digit first; no separators, so that a name is never a path and never hidden.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 # Text that a tokenizer could cut otherwise in the server than here.
@@ -75,9 +76,15 @@ def to_triton(
     check_files(source, manifest)
     check_external_data(source / GRAPH_FILE)
     _check_servable(source, manifest, options)
-    with _workplace(target) as aside:
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
+    # Beside the repository, where a server that polls it does not look.
+    with workplace(target) as aside:
         models = {name: aside / name}
         _write_text_model(aside / name, name, source, manifest, options)
+        if options.unary:
+            models[f"{name}_unary"] = aside / f"{name}_unary"
+            _write_unary_model(aside / f"{name}_unary", name, options)
         if options.step is not None:
             models[f"{name}_step"] = aside / f"{name}_step"
             _write_step_model(aside, f"{name}_step", source, manifest, options, engine)
@@ -122,16 +129,37 @@ def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest,
         # Triton's form of a string in a file: its length in four bytes before it.
         text = b"a"
         (folder / "warmup" / WARM_UP_FILE).write_bytes(len(text).to_bytes(4, "little") + text)
-    for module in sorted(files(serving.__package__).iterdir(), key=lambda entry: entry.name):
-        if module.name.endswith(".py"):
-            (version / module.name).write_bytes(module.read_bytes())
+    _write_code(serving.__package__, version)
     graph = {GRAPH_FILE, *(entry for entry in manifest.files if entry.startswith(f"{GRAPH_FILE}."))}
     (version / ARTIFACT).mkdir()
     for entry in sorted([*manifest.files, MANIFEST]):
         if not (options.bls and entry in graph):
             shutil.copyfile(source / entry, version / ARTIFACT / entry)
-    settings = _settings(source, manifest, options, f"{name}_step", version)
+    copied = {
+        path.relative_to(version).as_posix(): {"sha256": serving.sha256(path), "size": path.stat().st_size}
+        for path in sorted((version / ARTIFACT).iterdir())
+    }
+    step_model = f"{name}_step" if options.bls else None
+    settings = serving_settings(source, manifest, options, files=copied, step_model=step_model)
     (version / serving.NAME).write_text(settings.to_json(), encoding="utf-8")
+
+
+def _write_unary_model(folder: Path, model: str, options: ServingOptions) -> None:
+    version = folder / str(options.version)
+    version.mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(unary_config(folder.name), encoding="utf-8")
+    _write_code(f"{__package__}.unary", version)
+    # A thread for each answer that the model can have under way, and one for what it refuses.
+    most = options.instances * max(1, len(options.gpus)) * (options.slots + options.queue) + 1
+    document = json.dumps({"model": model, "requests": most}, indent=1) + "\n"
+    (version / UNARY_SETTINGS).write_text(document, encoding="utf-8")
+
+
+def _write_code(package: str, version: Path) -> None:
+    """The modules of a package into a version folder, where the server's Python runs them."""
+    for module in sorted(files(package).iterdir(), key=lambda entry: entry.name):
+        if module.name.endswith(".py"):
+            (version / module.name).write_bytes(module.read_bytes())
 
 
 def _write_step_model(
@@ -157,83 +185,13 @@ def _write_step_model(
             shutil.copyfile(source / entry, version / entry)
 
 
-def _settings(source: Path, manifest: Manifest, options: ServingOptions, step: str, version: Path) -> serving.Settings:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
-    generation = GenerationConfig.from_pretrained(source)
-    context = options.context or getattr(config, "max_position_embeddings", None)
-    if context is None:
-        raise InvalidInputError("The model's config names no max_position_embeddings. Say how many tokens: context=.")
-    if (most := getattr(config, "max_position_embeddings", None)) is not None and context > most:
-        raise InvalidInputError(f"context is {context}; the model has {most} positions.")
-    signature = manifest.signature
-    return serving.Settings(
-        layers=manifest.layers,
-        vocabulary=next(int(spec.axes[-1]) for spec in signature.results if spec.name == "logits"),
-        context=context,
-        end_tokens=_end_tokens(generation, config),
-        tokens=_tensors(signature.tokens),
-        past=_tensors(signature.past),
-        present=_tensors(signature.present),
-        temperature=float(_given(generation.temperature, 1.0)) if generation.do_sample else 0.0,
-        top_p=float(_given(generation.top_p, 1.0)),
-        top_k=int(_given(generation.top_k, 0)),
-        default_max_tokens=min(options.max_tokens, context - 1),
-        slots=options.slots,
-        chunk=options.chunk,
-        queue=options.queue,
-        queue_timeout_seconds=options.queue_timeout_seconds,
-        request_timeout_seconds=options.request_timeout_seconds,
-        threads=options.threads,
-        step_model=step if options.bls else None,
-        files={
-            path.relative_to(version).as_posix(): {"sha256": serving.sha256(path), "size": path.stat().st_size}
-            for path in sorted((version / ARTIFACT).iterdir())
-        },
-    )
-
-
-def _given(value: Any, default: float) -> Any:
-    return default if value is None else value
-
-
-def _end_tokens(generation: GenerationConfig, config: Any) -> tuple[int, ...]:
-    """The ids that end a text, as `generate` uses them: the generation config goes first."""
-    found: Any = generation.eos_token_id
-    if found is None:
-        found = getattr(config, "eos_token_id", None)
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
-
-
-def _tensors(specs: tuple[TensorSpec, ...]) -> tuple[serving.Tensor, ...]:
-    return tuple(serving.Tensor(spec.name, spec.dtype, spec.axes) for spec in specs)
-
-
-@contextmanager
-def _workplace(repository: Path) -> Iterator[Path]:
-    """A folder beside the repository, where a server that polls it does not look, on the same file system."""
-    if repository.exists() and not repository.is_dir():
-        raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
-    if not repository.parent.is_dir():
-        raise ArtifactError(f"The folder {repository.parent}, in which {repository.name} was to be made, is missing.")
-    aside = Path(tempfile.mkdtemp(prefix=f".{repository.name}-", dir=repository.parent))
-    try:
-        yield aside
-    except OSError as error:
-        raise ArtifactError(f"{repository} could not be written: {error}.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _check_ours(place: Path) -> None:
     """Refuse to touch a model that something else wrote."""
     if place.is_symlink() or (place.exists() and not (place / "config.pbtxt").is_file()):
         raise ArtifactError(f"{place} exists and is not a model folder that this wrote. Choose another name.")
     if not place.exists():
         return
-    ours = [*place.glob(f"*/{serving.NAME}"), *(place.glob("*/model.onnx")), *(place.glob("*/model.plan"))]
-    if not ours:
+    if not any(file for name in OURS for file in place.glob(f"*/{name}")):
         raise ArtifactError(f"{place} is a model that something else wrote. Choose another name.")
 
 

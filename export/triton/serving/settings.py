@@ -51,6 +51,9 @@ class Settings:
         queue_timeout_seconds, request_timeout_seconds: after which a request gets an error while it waits, and in all;
             None for never.
         threads: of ONNX Runtime, 0 for one a core.
+        providers: TensorRT's provider as ONNX Runtime may have it -> the options that give it the graph's shapes; empty
+            for no TensorRT.
+        cache: a folder of the server's machine where TensorRT keeps engines and timings; None keeps nothing.
         step_model: the Triton model that runs the graph, or None for ONNX Runtime in the process of this model.
         files: path below the version folder -> {"sha256": hex, "size": bytes}.
     """
@@ -72,6 +75,8 @@ class Settings:
     queue_timeout_seconds: float | None
     request_timeout_seconds: float | None
     threads: int
+    providers: Mapping[str, Mapping[str, Any]]
+    cache: str | None
     step_model: str | None
     files: Mapping[str, Mapping[str, Any]]
 
