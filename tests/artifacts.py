@@ -31,7 +31,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     **{family: _SHORT for family in ("mistral", "qwen2", "qwen3_moe", "phi3", "olmo2", "deepseek_v3", "gpt2", "opt")},
     **{family: _SHORT for family in ("gpt_oss", "gemma2", "cohere2", "smollm3")},
     "gemma3_text": _SHORT | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gemma4_text": {"num_hidden_layers": 4},  # two keep a cache, two share it
     **{family: _SHORT | _HYBRID for family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
 }
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="artifacts-")
