@@ -132,6 +132,9 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     # The form of experts without a histogram of tokens: it is what fuses into ONNX Runtime's MoE operator, and TensorRT
     # has no ScatterElements that adds.
     experts = use_experts_implementation(model, "batched_mm")
+    # The exporter puts a function of its own in the place of torch.where. In a branch dynamo reads what that calls, and
+    # does not know it if the first export of the process had it draw up its table of torch's functions meanwhile.
+    torch.compiler.allow_in_graph(torch.where)
     with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from artifacts import wrapped
 from families import tiny_model, token_ids
+from torch._dynamo import trace_rules
 
 import cdsurgery
 from cdsurgery import ConfidentHead, InvalidInputError, export
@@ -89,6 +91,19 @@ def test_its_weights_are_stored_once_and_multiplied_as_they_stand(lazy: tuple[Co
     assert (folder / "model.onnx.data").stat().st_size < sum(shared.values()) * 1.05 + 65536
 
 
+@pytest.fixture
+def odd_table() -> Iterator[None]:
+    """What another export leaves that was the first of its process to use dynamo: it has replaced torch.where then."""
+    where, table = torch.where, trace_rules.get_torch_obj_rule_map
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "where", lambda *args, **options: where(*args, **options))
+        table.cache_clear()
+        table()
+    yield
+    table.cache_clear()
+
+
+@pytest.mark.usefixtures("odd_table")
 def test_a_batch_takes_the_branch_together_and_a_row_without_leave_stays_out(tmp_path: Path) -> None:
     model = model_of("qwen3", probability=0.5, seed=3)
     runner = export.load(export.to_onnx(model, tmp_path / "half", scan="lazy", parity=False))
