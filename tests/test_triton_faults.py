@@ -77,6 +77,7 @@ def test_after_its_process_was_killed_the_model_says_so_until_it_is_loaded_again
     assert status == 200
     status, _ = server.post("/v2/repository/models/tiny/load")  # now it is the newest stub
     os.kill(server.stub(), signal.SIGKILL)
+    time.sleep(1)  # until the server has noticed; before, it once closed the connection of a request
     for model in ("tiny", "tiny_unary"):
         status, answer = server.post(f"/v2/models/{model}/generate", {"text_input": PROMPTS[0]}, timeout=10)
         assert status in (400, 500)
