@@ -19,7 +19,6 @@ torch.set_num_threads(1)
 from artifacts import wrapped
 from cdsurgery import export
 
-export.to_onnx(wrapped("llama"), f"{sys.argv[1]}/float")
 export.to_onnx(wrapped("qwen3"), f"{sys.argv[1]}/int4", quantization="int4")
 """
 
@@ -36,7 +35,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         _, errors = run.communicate()
         assert run.returncode == 0, errors[-2000:]
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").glob("*/*"))
-    assert len(files) >= 6 * 2
+    assert len(files) >= 6
     for file in files:
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
 
