@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from artifacts import artifact, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import NEW, Reply, prompts, request, settings_of, truth
+from served import NEW, Reply, numbers, prompts, request, settings_of, truth
 
+import cdsurgery
 from cdsurgery import export
 from cdsurgery.export.triton.repository import ARTIFACT
 from cdsurgery.export.triton.serving.cache import Rows, mask_and_positions, regroup
@@ -87,6 +89,48 @@ def test_who_goes_away_or_runs_out_of_time_leaves_the_others_their_tokens(tmp_pa
     scheduler.close()
     with pytest.raises(RequestError, match="being unloaded"):
         scheduler.submit(request(config, asked[0], Reply()))
+
+
+def test_what_each_request_asked_for_is_its_own_in_a_batch_of_different_ones(tmp_path: Path) -> None:
+    """Plain beside confident decoding, an echo in a stream, and a last piece that might have begun a stop word."""
+    (tmp_path / ARTIFACT).symlink_to(artifact("llama"))
+    config, model = settings_of("llama"), wrapped("llama")
+    scheduler = Scheduler(OrtDecoder(tmp_path, config, ("cpu", 0)), config)
+    prompt = next(one for one in prompts(config.vocabulary) if truth(model, one, NEW) != plain_truth(one))
+    confident, plain, echoed, held = (Reply() for _ in range(4))
+    scheduler.submit(request(config, prompt, confident))
+    scheduler.submit(request(config, prompt, plain, confident=False))
+    scheduler.submit(request(config, prompt, echoed, stream=True, exclude_input_in_output=False))
+    last = truth(model, prompt, NEW)[-1]
+    scheduler.submit(request(config, prompt, held, stop_words=f"{last} and what never comes".encode()))
+    while scheduler.step():
+        pass
+    assert confident.tokens == truth(model, prompt, NEW)
+    assert plain.tokens == plain_truth(prompt)
+    texts = [answer["text_output"].item().decode() for answer in echoed.outputs]
+    assert len(texts) > NEW // 2
+    assert "".join(texts) == "a" + numbers(truth(model, prompt, NEW))  # the text of every request here is "a"
+    assert held.tokens == truth(model, prompt, NEW)
+
+
+def plain_truth(prompt: list[int]) -> list[int]:
+    """What the same model generates without the wrapper."""
+    return truth(cdsurgery.unwrap(copy.deepcopy(wrapped("llama"))), prompt, NEW)
+
+
+def test_a_model_that_is_unloaded_tells_who_waits_and_who_runs(tmp_path: Path) -> None:
+    (tmp_path / ARTIFACT).symlink_to(artifact("llama"))
+    config = settings_of("llama", slots=2, chunk=2)
+    scheduler = Scheduler(OrtDecoder(tmp_path, config, ("cpu", 0)), config)
+    runs, prefills, waits = (Reply() for _ in range(3))
+    for prompt, reply in (([1], runs), ([1] * 9, prefills), ([1], waits)):
+        scheduler.submit(request(config, prompt, reply))
+    scheduler.step()
+    scheduler.step()
+    scheduler.close()
+    for reply in (runs, prefills, waits):
+        assert str(reply.error) == "The model was unloaded before the answer ended."
+    assert scheduler.counts.failed == 3
 
 
 def test_a_runtime_that_fails_ends_the_requests_in_slots_and_no_more(tmp_path: Path) -> None:
