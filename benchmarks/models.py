@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import cdsurgery
+from benchmarks.shapes import heads_of_cache
 
 # How `wrap` is asked for each way that is compared with the unwrapped model. The last is the authors' published
 # selection re-expressed: all candidates of every row, ranked by -sum (log p)^2.
@@ -35,10 +36,9 @@ def wrapped_ways(plain: Any, lookback: int) -> dict[str, Any]:
 
 def filled_cache(model: Any, batch: int, context: int) -> DynamicCache:
     """A cache of `context` tokens of random numbers in each row."""
-    config, cache = model.config, DynamicCache(config=model.config)
-    heads = config.num_key_value_heads or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
+    cache = DynamicCache(config=model.config)
+    heads, width = heads_of_cache(model.config)
+    for layer in range(model.config.num_hidden_layers):
         state = torch.randn(batch, heads, context, width, dtype=model.dtype, device=model.device)
         cache.update(state, state, layer)
     return cache

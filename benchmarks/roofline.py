@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.machine import Limits
+from benchmarks.shapes import heads_of_cache
 
 
 class Roofline:
@@ -51,10 +52,8 @@ class Roofline:
         if self.experts:  # the share of the experts that some row is sent to, and that each row is
             used = config.num_experts_per_tok / config.num_local_experts
             touched = 1 - (1 - used) ** batch
-        heads = config.num_key_value_heads * (
-            getattr(config, "head_dim", None) or self.width // config.num_attention_heads
-        )
-        cache = batch * context * config.num_hidden_layers * 2 * heads
+        heads, width = heads_of_cache(config)
+        cache = batch * context * config.num_hidden_layers * 2 * heads * width
         read = self.element * (self.body + touched * self.experts + cache) / self.limits.bandwidth
         computed = 2 * batch * (self.body + used * self.experts) / self.limits.flops
         return max(read, computed) + self.product(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
@@ -43,6 +45,12 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=32000, hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4
     ),
 }
+
+
+def heads_of_cache(config: Any) -> tuple[int, int]:
+    """How many heads of keys a layer keeps, and how many numbers each has for a token."""
+    heads = config.num_key_value_heads or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def random_model(shape: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from benchmarks.machine import finish
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> list[Timi
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             ways[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            finish()
             seconds[name].append(time.perf_counter() - start)
     counted = {name: times[1:] for name, times in seconds.items()}
     timings = []

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cdsurgery.anatomy import Anatomy, joined, unembedded, unembedding_input
@@ -21,6 +21,7 @@ from cdsurgery.errors import UnsupportedModelError
 from cdsurgery.kernels.unembed_sums import DTYPES, unembed_sums
 from cdsurgery.transforms import TRANSFORMS
 from cdsurgery.trough import allowed_depth, pick
+from cdsurgery.unembedding import linear_flaw
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,15 @@ _LOGITS = ("scale", "scaling", "multiplier", "softcap", "unpadded")
 
 def _flaw(head: Any) -> str | None:
     """What keeps a kernel from doing what this module does, or None."""
-    weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or type(weight) is not nn.Parameter:
-        return f"it is a {_name(head)} whose weight is a {_name(weight)}"
-    if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
-        return "its forward is hooked or replaced, as accelerate does to offload weights"
+    flaw = linear_flaw(head)
+    if flaw is not None:
+        return flaw
+    weight = head.weight
     if weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda") or not weight.is_contiguous():
         return f"its weight is {weight.dtype} on {weight.device.type} with strides {weight.stride()}"
     if weight.is_cuda and not _TRITON_IS_INSTALLED:
         return "it is on a GPU, where the pass is a kernel of Triton, which is not installed (pip install triton)"
     return None
-
-
-def _name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def _unsupported(model: PreTrainedModel, anatomy: Anatomy, found: str) -> UnsupportedModelError:

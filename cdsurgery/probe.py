@@ -151,13 +151,14 @@ def _done_until(calls: list[Call], target: Call) -> Iterator[Call]:
 def _standing_in(module: nn.Module, output: Any) -> Iterator[None]:
     """Have a module return `output` without running. accelerate too places a forward on instances, so it is kept."""
     own = vars(module)
-    placed = {name: own[name] for name in ("forward",) if name in own}
+    placed = own.get("forward")
     own["forward"] = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
         del own["forward"]
-        own.update(placed)
+        if placed is not None:
+            own["forward"] = placed
 
 
 def plain_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ model's own final logits are never computed like this.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,8 @@ def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[
 
     It is, unless it is a plain linear layer in float32 on a CPU that nobody watches or has replaced the forward of.
     """
-    head = model.get_submodule(anatomy.unembedding)
-    if type(head) is not nn.Linear or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
-        return None
-    if (
-        type(head.weight) is not nn.Parameter
-        or "forward" in vars(head)
-        or head._forward_hooks
-        or head._forward_pre_hooks
-    ):
+    head: Any = model.get_submodule(anatomy.unembedding)
+    if linear_flaw(head) is not None or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         return None
     weight, bias = head.weight, head.bias
 
@@ -41,3 +35,17 @@ def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[
         return (logits if bias is None else logits + bias).unflatten(0, state.shape[:-1])
 
     return unembed
+
+
+def linear_flaw(head: Any) -> str | None:
+    """What keeps a module from being computed as the product of its weight; None for a plain linear layer."""
+    weight = getattr(head, "weight", None)
+    if type(head) is not nn.Linear or type(weight) is not nn.Parameter:
+        return f"it is a {_name(head)} whose weight is a {_name(weight)}"
+    if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
+        return "its forward is hooked or replaced, as accelerate does to offload weights"
+    return None
+
+
+def _name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

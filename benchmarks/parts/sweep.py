@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,44 +23,49 @@ from benchmarks.timing import Timing, interleaved
 
 LOOKBACKS, BATCHES, SHARES = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16), (0.25, 0.5, 1.0)
 SCANS = ("lazy", "full")
-Point = tuple[str, int, str]  # axis, its value, way
+Point = tuple[int, int, int]  # rows, K, entries of the vocabulary
 
 
 def sweep(setting: Setting, limits: Limits) -> Table:
     """Decode steps at all points in turns, and straight lines through what they take beyond the unwrapped step."""
     plain = random_model(setting.shape, setting.torch_dtype)
-    vocabulary, layers = plain.get_output_embeddings().weight.shape[0], plain.config.num_hidden_layers
-    lookbacks = [k for k in LOOKBACKS if k < layers]
-    caches = {batch: filled_cache(plain, batch, setting.context) for batch in {setting.batch, *BATCHES}}
-    usual = {scan: _wrap(plain, setting.lookback, scan) for scan in SCANS}
-    ways: dict[Point, Callable[[], object]] = {}
-    for batch in BATCHES:
-        models = {"unwrapped": plain} | usual
-        ways |= {("batch", batch, way): decode_step(model, caches[batch], batch) for way, model in models.items()}
-    for k in lookbacks:
-        models = {scan: _wrap(plain, k, scan) for scan in SCANS}
-        ways |= {("K", k, way): decode_step(model, caches[1], 1) for way, model in models.items()}
-    for size in (int(share * vocabulary) for share in SHARES):
-        smaller = with_vocabulary(plain, size)
-        models = {"unwrapped": smaller} | {scan: _wrap(smaller, setting.lookback, scan) for scan in SCANS}
-        ways |= {("V", size, way): decode_step(model, caches[1], 1) for way, model in models.items()}
+    whole, usual = plain.get_output_embeddings().weight.shape[0], setting.lookback
+    # Axes cross where everything is as usual; a point of several is timed once.
+    axes: dict[str, dict[int, Point]] = {
+        "batch": {batch: (batch, usual, whole) for batch in BATCHES},
+        "K": {k: (1, k, whole) for k in LOOKBACKS if k < plain.config.num_hidden_layers},
+        "V": {size: (1, usual, size) for size in (int(share * whole) for share in SHARES)},
+    }
+    caches = {batch: filled_cache(plain, batch, setting.context) for batch in BATCHES}
+    unwrapped = {size: with_vocabulary(plain, size) for size in axes["V"]}
+
+    @functools.cache
+    def wrapped(k: int, size: int, way: str) -> Any:
+        return cdsurgery.wrap(on_shared_weights(unwrapped[size]), lookback=k, **WAYS[way])
+
+    ways: dict[tuple[Point, str], Callable[[], object]] = {}
+    for batch, k, size in (point for points in axes.values() for point in points.values()):
+        models = {"unwrapped": unwrapped[size]} | {way: wrapped(k, size, way) for way in SCANS}
+        for way, model in models.items():
+            at = (batch, 0 if way == "unwrapped" else k, size)
+            ways[at, way] = decode_step(model, caches[batch], batch)
     with torch.no_grad(), scheduled(setting.rate):
-        found = dict(zip(ways, interleaved({repr(point): way for point, way in ways.items()}, setting.rounds),
-                         strict=True))  # fmt: skip
-    return _table(found, setting, Roofline(plain, limits))
+        timings = interleaved({repr(key): way for key, way in ways.items()}, setting.rounds)
+    found = dict(zip(ways, timings, strict=True))
+    return _table(axes, found, setting, Roofline(plain, limits))
 
 
-def _table(found: dict[Point, Timing], setting: Setting, roofline: Roofline) -> Table:
+def _table(
+    axes: dict[str, dict[int, Point]], found: dict[tuple[Point, str], Timing], setting: Setting, roofline: Roofline
+) -> Table:
     rows: list[tuple[Cell, ...]] = []
     beyond: dict[tuple[str, str], list[tuple[int, float]]] = {}
     overheads: dict[str, list[tuple[int, float, float]]] = {}
-    for (axis, value, way), timing in found.items():
-        if way == "unwrapped":
-            continue
-        unwrapped = found.get((axis, value, "unwrapped"), found["batch", 1, "unwrapped"])
+    for axis, value, way in ((axis, value, way) for axis, points in axes.items() for value in points for way in SCANS):
+        batch, k, size = axes[axis][value]
+        timing, unwrapped = found[(batch, k, size), way], found[(batch, 0, size), "unwrapped"]
         ratio, limit = timing.milliseconds / unwrapped.milliseconds, None
         if axis != "V":
-            batch, k = (value, setting.lookback) if axis == "batch" else (1, value)
             steps = roofline.steps(batch, setting.context, k, setting.rate)
             limit = steps[way] / steps["unwrapped"]
             if axis == "batch":
@@ -68,7 +74,7 @@ def _table(found: dict[Point, Timing], setting: Setting, roofline: Roofline) -> 
         beyond.setdefault((axis, way), []).append((value, timing.ratio - unwrapped.ratio))
     names = {"K": "candidate", "batch": "row", "V": "entry of the vocabulary"}
     notes = [
-        f"{way}: a {names[axis]} more costs {100 * slope(points):.3g} % of the unwrapped step of one row."
+        f"{way}: one {names[axis]} more costs {100 * slope(points):.3g} % of the unwrapped step of one row."
         for (axis, way), points in beyond.items()
     ]
     columns = ("axis", "value", "way", "ratio", "ratio of the roofline", "ms, here and now")
@@ -89,7 +95,3 @@ def with_vocabulary(plain: Any, size: int) -> Any:
     smaller.weight = nn.Parameter(head.weight[:size], requires_grad=False)
     model.set_output_embeddings(smaller)
     return model
-
-
-def _wrap(plain: Any, lookback: int, scan: str) -> Any:
-    return cdsurgery.wrap(on_shared_weights(plain), lookback=lookback, **WAYS[scan])
