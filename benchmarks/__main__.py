@@ -48,6 +48,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def without_place(given: list[str]) -> list[str]:
+    """The arguments that say what was measured: all but --output and its folder."""
+    place = given.index("--output") if "--output" in given else len(given)
+    return given[:place] + given[place + 2 :]
+
+
 def main() -> None:
     """Measure and show."""
     options = arguments()
@@ -58,7 +64,7 @@ def main() -> None:
     setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
     limits = machine.limits(setting.torch_dtype)
     about = machine.description(limits, setting.dtype)
-    about["command"] = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    about["command"] = shlex.join(["python", "-m", "benchmarks", *without_place(sys.argv[1:])])
     for name in options.part or [name for name in PARTS if name != "tensorrt" or machine.GPU]:
         print(f"measuring {name} ..", file=sys.stderr, flush=True)
         table = PARTS[name](setting, limits)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import cdsurgery
-from benchmarks.shapes import heads_of_cache
+from cdsurgery.export.graph.cache import cache_states
 
 # How `wrap` is asked for each way that is compared with the unwrapped model. The last is the authors' published
 # selection re-expressed: all candidates of every row, ranked by -sum (log p)^2.
@@ -34,19 +35,24 @@ def wrapped_ways(plain: Any, lookback: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def filled_cache(model: Any, batch: int, context: int) -> DynamicCache:
-    """A cache of `context` tokens of random numbers in each row."""
+    """What the model keeps of a prompt of `context` tokens, the same in each row."""
     cache = DynamicCache(config=model.config)
-    heads, width = heads_of_cache(model.config)
-    for layer in range(model.config.num_hidden_layers):
-        state = torch.randn(batch, heads, context, width, dtype=model.dtype, device=model.device)
-        cache.update(state, state, layer)
+    ids = torch.zeros(1, context, dtype=torch.int64, device=model.device)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.reorder_cache(torch.zeros(batch, dtype=torch.int64, device=model.device))
     return cache
 
 
+def bytes_of(cache: DynamicCache) -> int:
+    """That a step reads of a cache."""
+    return sum(state.nbytes for _, _, state in cache_states(cache))
+
+
 def decode_step(model: Any, cache: DynamicCache, batch: int) -> Callable[[], object]:
-    """Decode one token in each row on that cache, and take it off again, unless a window forgot others for it."""
-    crops = not any(layer.is_sliding for layer in cache.layers)
+    """Decode one token in each row on that cache, and take it off again, unless a window or a state forgets for it."""
+    crops = all(type(layer) is DynamicLayer for layer in cache.layers)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
 
     def step() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.timing import Timing
 
 Cell = str | int | float | None
+SPREAD = ("lower quartile", "median", "upper quartile")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def compared(timings: Sequence[Timing], rooflines: Mapping[str, float] | None = 
     for timing in timings:
         least = rooflines.get(timing.name)
         limit = None if least is None or base is None else least / base
-        rows.append((timing.name, timing.ratio, timing.low, timing.high, limit, timing.milliseconds))
-    columns = (first, "ratio", "lower quartile", "upper quartile", "ratio of the roofline", "ms, here and now")
+        rows.append((timing.name, timing.ratio, timing.low, timing.middle, timing.high, limit, timing.milliseconds))
+    columns = (first, "ratio", *SPREAD, "ratio of the roofline", "ms, here and now")
     return Table(columns, rows)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from benchmarks.machine import Limits
-from benchmarks.shapes import heads_of_cache
 
 
 class Roofline:
@@ -25,17 +26,18 @@ class Roofline:
         self.vocabulary, self.width = model.get_output_embeddings().weight.shape
         self.element = model.dtype.itemsize
         count = {name: weight.numel() for name, weight in model.named_parameters()}
-        self.experts = sum(numbers for name, numbers in count.items() if ".experts." in name)
+        experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
+        self.experts, self.number_of_experts = sum(map(torch.numel, experts)), experts[0].shape[0] if experts else 0
         embeddings = 1 if self.config.tie_word_embeddings else 2
         self.body = sum(count.values()) - self.experts - embeddings * self.vocabulary * self.width
 
-    def steps(self, batch: int, context: int, lookback: int, rate: float) -> dict[str, float]:
-        """Way -> seconds, where `rate` of the rows move, by one layer.
+    def steps(self, batch: int, cache: int, lookback: int, rate: float) -> dict[str, float]:
+        """Way -> seconds, on a cache of so many bytes, where `rate` of the rows move, by one layer.
 
         "lazy" projects every row twice and those that moved once more; "full" all candidates in two products, the
         model's own and ours, whose logits are written and read; "one pass" all of them in one.
         """
-        unwrapped = self.unwrapped(batch, context)
+        unwrapped = self.unwrapped(batch, cache)
         further = (1 - (1 - rate) ** batch) * self.product(max(1, rate * batch))
         logits = 2 * lookback * batch * self.vocabulary * 4 / self.limits.bandwidth
         return {
@@ -45,16 +47,13 @@ class Roofline:
             "one pass": unwrapped - self.product(batch) + self.product((lookback + 1) * batch) + logits,
         }
 
-    def unwrapped(self, batch: int, context: int) -> float:
+    def unwrapped(self, batch: int, cache: int) -> float:
         """A step of the model alone."""
-        config = self.config
         touched, used = 1.0, 0.0
         if self.experts:  # the share of the experts that some row is sent to, and that each row is
-            used = config.num_experts_per_tok / config.num_local_experts
+            used = self.config.num_experts_per_tok / self.number_of_experts
             touched = 1 - (1 - used) ** batch
-        heads, width = heads_of_cache(config)
-        cache = batch * context * config.num_hidden_layers * 2 * heads * width
-        read = self.element * (self.body + touched * self.experts + cache) / self.limits.bandwidth
+        read = (self.element * (self.body + touched * self.experts) + cache) / self.limits.bandwidth
         computed = 2 * batch * (self.body + used * self.experts) / self.limits.flops
         return max(read, computed) + self.product(batch)
 

@@ -16,14 +16,17 @@ class Timing:
 
     Attributes:
         name: of the way.
-        milliseconds: the median of all runs, of this machine in this hour.
-        ratio, low, high: median and quartiles of its time over that of the first way in the same round.
+        milliseconds: the mean of all runs, of this machine in this hour.
+        ratio: of all its runs together to all runs of the first way together. Not a median: a step in which a row
+            moves takes longer, and is rare.
+        low, middle, high: quartiles of its time over that of the first way in the same round.
     """
 
     name: str
     milliseconds: float
     ratio: float
     low: float
+    middle: float
     high: float
 
 
@@ -47,5 +50,6 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> list[Timi
     for name in names:
         ratios = [own / first for own, first in zip(counted[name], counted[names[0]], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        timings.append(Timing(name, 1e3 * statistics.median(counted[name]), middle, low, high))
+        mean, base = statistics.fmean(counted[name]), statistics.fmean(counted[names[0]])
+        timings.append(Timing(name, 1e3 * mean, mean / base, low, middle, high))
     return timings

@@ -13,6 +13,10 @@ from torch import Tensor
 
 Measure = Callable[[Tensor], Tensor]
 
+# Logits that a CPU measures at a time: the dozen operations of an entropy then find in its caches what the one before
+# left there. Rows together take 1.4 (V = 8,000) to 4 times as long (V = 152,000), on two cores.
+CACHED_LOGITS = 1 << 18
+
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of softmax(logits).
@@ -42,6 +46,15 @@ def partial_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         the maximum, s and t of `entropy`, `[...]` float32 each. s and t mean nothing where the maximum is not finite.
     """
+    if not torch.compiler.is_compiling() and logits.is_cpu and logits.numel() > CACHED_LOGITS:
+        blocks = logits.reshape(-1, logits.shape[-1]).split(max(1, CACHED_LOGITS // logits.shape[-1]))
+        sums = (torch.cat(parts) for parts in zip(*map(_sums_at_once, blocks), strict=True))
+        maximum, s, t = (part.view(logits.shape[:-1]) for part in sums)
+        return maximum, s, t
+    return _sums_at_once(logits)
+
+
+def _sums_at_once(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z = logits.float()
     top = z.argmax(dim=-1, keepdim=True)
     # The maximum is read where argmax points, not by a second reduction: runtimes differ in which of the two skips a

@@ -12,19 +12,30 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model, token_ids
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import benchmarks.__main__
 import cdsurgery
 from benchmarks import machine
 from benchmarks.machine import Limits
+from benchmarks.models import bytes_of, filled_cache
 from benchmarks.parts import dola, sweep
+from benchmarks.parts.memory import Peak
 from benchmarks.picture import overhead_picture
 from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import SHAPES, config_of, random_model
 from benchmarks.timing import interleaved
+
+SIZES = {  # in billions of parameters, those of the texts alone
+    "qwen3-0.6b": 0.596,
+    "llama-3.1-8b": 8.03,
+    "gpt-oss-20b": 20.9,
+    "qwen3.5-9b": 8.95,
+    "qwen3.5-35b-a3b": 34.7,
+    "gemma-4-31b": 30.7,
+}
 
 
 def test_ratios_are_of_the_same_round_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +49,20 @@ def test_ratios_are_of_the_same_round_and_the_first_round_is_not_counted(monkeyp
 
     first, second = interleaved({"a": lambda: work("a", 2.0), "b": lambda: work("b", 3.0)}, rounds=4)
     assert ran == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
-    assert (first.ratio, second.ratio, second.low, second.high) == (1.0, 1.5, 1.5, 1.5)
-    assert (first.milliseconds, second.milliseconds) == (2000.0, 3000.0)
+    assert (first.ratio, second.ratio, second.low, second.middle, second.high) == (1.0, 1.5, 1.5, 1.5, 1.5)
+    assert (first.milliseconds, second.milliseconds) == (4000.0, 6000.0)
+
+
+def test_a_ratio_counts_the_rare_steps_that_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    rare = iter([1.0] * 9 + [3.0] * 2)
+
+    def work(seconds: float) -> None:
+        clock[0] += seconds
+
+    _, second = interleaved({"a": lambda: work(1.0), "b": lambda: work(next(rare))}, rounds=10)
+    assert (second.middle, second.ratio) == (1.0, pytest.approx(1.4))
 
 
 @pytest.mark.parametrize("scan", ["lazy", "full"])
@@ -56,7 +79,7 @@ def test_rows_move_as_often_as_scheduled_and_by_one_layer(scan: str, rate: float
 
 
 def test_configs_are_of_the_size_that_their_names_say() -> None:
-    for name, billions in (("qwen3-0.6b", 0.596), ("llama-3.1-8b", 8.03), ("gpt-oss-20b", 20.9)):
+    for name, billions in SIZES.items():
         parameters = sum(parameter.numel() for parameter in on_paper(name).parameters())
         assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
     assert random_model("tiny", torch.float32).training is False
@@ -65,11 +88,19 @@ def test_configs_are_of_the_size_that_their_names_say() -> None:
 def test_the_roofline_is_that_of_the_written_one() -> None:
     """Worked out by hand for an H200, context 4096, K = 10: the share of a step that one pass adds, to a digit."""
     h200, llama = Limits(4.3e12, 790e12), on_paper("llama-3.1-8b")
-    shares = {batch: share(Roofline(llama, h200), batch) for batch in (1, 8, 32, 128)}
+    shares = {batch: share(Roofline(llama, h200), batch, cached(llama, batch)) for batch in (1, 8, 32, 128)}
     assert shares[1] < 0.0015
     assert shares == {1: shares[1]} | {
         batch: pytest.approx(written, rel=0.2) for batch, written in ((8, 0.005), (32, 0.041), (128, 0.10))
     }
+
+
+def test_a_cache_is_what_each_kind_of_layer_keeps_of_the_context() -> None:
+    keys = 2 * 4096 * 4 * 256 * 2
+    linear = (2 * 16 + 32) * 128 * 4 * 2 + 32 * 128 * 128 * 4  # a convolution in bfloat16, a state in float32
+    assert cached(on_paper("qwen3.5-9b"), 3) == 3 * (8 * keys + 24 * linear)
+    windows, whole = 2 * 1023 * 16 * 256 * 2, 2 * 4096 * 4 * 512 * 2
+    assert cached(on_paper("gemma-4-31b"), 1) == 50 * windows + 10 * whole
 
 
 def test_the_roofline_of_a_scan_counts_its_products() -> None:
@@ -77,33 +108,35 @@ def test_the_roofline_of_a_scan_counts_its_products() -> None:
     model = on_paper("tiny")
     head = 32000 * 256
     reading, computing = Roofline(model, Limits(2.0, 1e30)), Roofline(model, Limits(1e30, 2.0))
-    steps = reading.steps(batch=2, context=0, lookback=3, rate=0.5)
+    steps = reading.steps(batch=2, cache=0, lookback=3, rate=0.5)
     assert steps["lazy"] - steps["unwrapped"] == pytest.approx(head * 1.75)  # one of two rows moves in 3 of 4 steps
     assert steps["one pass"] - steps["unwrapped"] == pytest.approx(2 * 3 * 2 * 32000 * 2)  # logits
-    steps = computing.steps(batch=2, context=0, lookback=3, rate=0.5)
+    steps = computing.steps(batch=2, cache=0, lookback=3, rate=0.5)
     assert steps["unwrapped"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()) - 2 * head)
     assert steps["full"] - steps["unwrapped"] == pytest.approx(6 * head)
     assert steps["lazy"] - steps["unwrapped"] == pytest.approx((2 + 0.75) * head)
 
 
-def share(roofline: Roofline, batch: int) -> float:
-    steps = roofline.steps(batch, 4096, 10, 0.115)
+def share(roofline: Roofline, batch: int, cache: int) -> float:
+    steps = roofline.steps(batch, cache, 10, 0.115)
     return steps["one pass"] / steps["unwrapped"] - 1
+
+
+def cached(model: Any, batch: int) -> int:
+    return bytes_of(filled_cache(model, batch, 4096))
 
 
 def on_paper(shape: str) -> Any:
     """The model without its numbers, in bfloat16 as it is served."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Setting:
     """All parts in a few seconds."""
-    config = LlamaConfig(
-        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
-    )
-    monkeypatch.setitem(SHAPES, "tiny", config)
+    sizes = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    monkeypatch.setitem(SHAPES, "tiny", ("llama", sizes | {"num_hidden_layers": 3}))
     monkeypatch.setattr(dola, "ENVIRONMENT", Path("nowhere"))
     return Setting("tiny", lookback=2, context=8, new=3, rounds=2)
 
@@ -122,7 +155,7 @@ def test_every_part_compares_with_the_unwrapped_model(small: Setting) -> None:
 def test_onnx_runtime_compares_a_graph_without_candidates_with_both_scans(
     small: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SHAPES["tiny"], "num_hidden_layers", 2)  # tracing them is what takes long
+    monkeypatch.setitem(SHAPES["tiny"][1], "num_hidden_layers", 2)  # tracing them is what takes long
     table = benchmarks.__main__.PARTS["onnx"](replace(small, lookback=1), Limits(1e9, 1e9))
     assert [row[0] for row in table.rows] == ["unwrapped", "lazy", "full"]
     assert all(isinstance(row[1], float) and row[1] > 0 for row in table.rows)
@@ -147,6 +180,14 @@ def test_memory_is_that_of_the_candidates(small: Setting) -> None:
     assert isinstance(found["full"], float) and isinstance(found["unwrapped"], float)
     assert found["full"] - found["unwrapped"] > 3 * logits  # three candidates at once, and what measures them
     assert found["unwrapped"] < 20 * logits, "weights or cache were counted"
+
+
+def test_what_takes_the_place_of_something_held_is_counted() -> None:
+    held = [torch.zeros(1000) for _ in range(50)]
+    with Peak(held) as peak:
+        held.clear()
+        made = [torch.zeros(1000) for _ in range(50)]
+    assert peak.bytes == len(made) * 4000
 
 
 def test_a_sweep_has_all_points_lines_through_them_and_the_same_picture_each_time(small: Setting) -> None:
@@ -192,7 +233,8 @@ def test_the_command_writes_its_figures_with_machine_versions_and_command(
         assert "- reads: 2 GB/s\n- multiplies: 3 GFLOP/s in float32\n" in page
         document = json.loads((tmp_path / f"{part}.json").read_text())
         assert {"torch", "reads", "date", "command"} <= set(document["about"])
-        assert "--shape tiny" in document["about"]["command"]
+        command = f"python -m benchmarks step sweep {' '.join(options[:-2])}"
+        assert document["about"]["command"] == command
         assert f"| {document['rows'][1]['ratio']:.3f} |" in page
     assert "![sweep](sweep.svg)" in page and (tmp_path / "sweep.svg").read_text().startswith("<?xml")
 

@@ -105,6 +105,17 @@ def test_half_logits_are_measured_as_exactly_as_float32_ones(dtype: torch.dtype,
     assert relative_error(rows)[inside].max() <= RELATIVE
 
 
+@pytest.mark.parametrize("size", [1000, 200_000, 300_000])
+def test_a_row_of_many_is_measured_as_if_it_were_alone(size: int) -> None:
+    rows = torch.randn(3, 400_000 // size + 1, size, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    rows[-1, 1, size // 2] = NAN
+    found = entropy(rows)
+    assert found.isnan().sum() == 1 and found[-1, 1].isnan()
+    for alone, together in zip(rows.flatten(0, 1), found.flatten(), strict=True):
+        # The order in which a row is summed up may hang on how many rows there are: a rounding or two of float32.
+        torch.testing.assert_close(together, entropy(alone), rtol=3e-7, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_entropy_stays_between_0_and_ln_v(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(vocabulary)

@@ -184,7 +184,7 @@ def test_the_kernel_selects_what_pytorch_does(
     family: str, dtype: torch.dtype, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux only")
-    from test_kernels import kernel
+    from kernel_truth import kernel
 
     ran: list[int] = []
     monkeypatch.setattr(cdsurgery.fused, "unembed_sums", lambda *given: (ran.append(1), kernel(*given))[1])

@@ -1,152 +1,31 @@
-"""`unembed_sums`, in PyTorch and as a kernel, against literal loops in float64 over all logits.
-
-Inputs are such that every product, and every sum of them, is a float32 number, in whatever order it is added up: then
-logits are the same bits everywhere, in half precision too, and no tolerance has to hide what the products lose.
-"""
+"""`unembed_sums`, in PyTorch and as a kernel, against literal loops in float64 over all logits (`kernel_truth`)."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from kernel_truth import (
+    INF,
+    NAN,
+    RELATIVE,
+    check,
+    exact_inputs,
+    has_gpu,
+    kernel,
+    launching,
+    of_logits,
+    product,
+    truth,
+    ways,
+)
 
-import cdsurgery.kernels.unembed_sums
-from cdsurgery import InvalidInputError, SurgeryError
 from cdsurgery.entropy import entropy_of_sums
-from cdsurgery.kernels.unembed_sums import Sums, unembed_sums
+from cdsurgery.kernels.unembed_sums import Sums
 
-pytest.importorskip("triton", reason="Triton is for Linux only")
-from cdsurgery.kernels import launch as launching
-
-NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROOT = Path(__file__).resolve().parent.parent
-has_gpu = torch.cuda.is_available()
-# A few roundings of float32. A GPU's e^u is 2^(u log2 e) with the product rounded: at u = -30 that alone is 1.3e-6.
-RELATIVE = 1e-5 if has_gpu else 1e-6
-
-
-def kernel(
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    dtype: torch.dtype | None = None,
-    write: bool = True,
-) -> Sums:
-    """The kernel, in Triton's interpreter or on a GPU; as `unembed_sums`, with everything left where it runs."""
-    logits = state.new_empty((len(state) if write else 0, len(weight)), dtype=dtype or state.dtype)
-    if state.is_cuda:
-        running: Any = nullcontext()
-    else:
-        from interpreter import interpreted
-
-        running = interpreted()
-    with running:
-        return *launching.launch(state, weight, bias, scale, softcap, logits), logits
-
-
-def in_pytorch(
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    dtype: torch.dtype | None = None,
-    write: bool = True,
-) -> Sums:
-    """The implementation for the CPU, with the vocabulary in blocks of 100."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cdsurgery.kernels.unembed_sums, "CPU_LOGITS", 100 * len(state))
-        return unembed_sums(state, weight, bias, scale, softcap, dtype or state.dtype, write)
-
-
-def on_gpu(*given: Any, **options: Any) -> Sums:
-    """The operator on a GPU."""
-    given = tuple(one.cuda() if isinstance(one, Tensor) else one for one in given)
-    return tuple(tensor.cpu() for tensor in kernel(*given, **options))
-
-
-WAYS = [
-    pytest.param(kernel, id="interpreter", marks=pytest.mark.skipif(has_gpu, reason="kernels are compiled here")),
-    pytest.param(in_pytorch, id="pytorch"),
-    pytest.param(
-        on_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not has_gpu, reason="needs a CUDA device")]
-    ),
-]
-ways = pytest.mark.parametrize("way", WAYS)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Of one row of logits, by loops over Python's floats, which are float64."""
-
-    maximum: float
-    index: int
-    s: float
-    t: float
-    entropy: float
-
-
-def truth(row: list[float]) -> Truth:
-    broken = [place for place, z in enumerate(row) if math.isnan(z)]
-    index = broken[0] if broken else max(range(len(row)), key=lambda place: (row[place], -place))
-    if broken or math.isinf(row[index]):
-        return Truth(row[index], index, NAN, NAN, NAN)
-    u = [z - row[index] for place, z in enumerate(row) if place != index and z != -INF]
-    s, t = math.fsum(map(math.exp, u)), math.fsum(math.exp(one) * one for one in u)
-    return Truth(row[index], index, s, t, math.log1p(s) - t / (1 + s))
-
-
-def check(found: Sums, logits: Tensor) -> Tensor:
-    """Every number of every row, and that the logits are those; returns the true entropies."""
-    maximum, index, s, t, written = found
-    assert (maximum.dtype, index.dtype, s.dtype, t.dtype) == (torch.float32, torch.int64, torch.float32, torch.float32)
-    if len(written):
-        torch.testing.assert_close(written, logits, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(index, logits.float().argmax(-1))
-    measured = entropy_of_sums(maximum, s, t)
-    entropies = []
-    for row, z in enumerate(logits.double().tolist()):
-        true = truth(z)
-        assert maximum[row].item() == true.maximum or math.isnan(true.maximum)
-        assert index[row] == true.index
-        assert measured[row].item() == pytest.approx(true.entropy, rel=RELATIVE, nan_ok=True)
-        if not math.isnan(true.entropy):
-            assert s[row].item() == pytest.approx(true.s, rel=RELATIVE, abs=1e-30)
-            assert t[row].item() == pytest.approx(true.t, rel=RELATIVE, abs=1e-30)
-        entropies.append(true.entropy)
-    return torch.tensor(entropies, dtype=torch.float64)
-
-
-def exact_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Quarters up to 2: sums of up to 2^16 of their products are float32 numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    state = torch.randint(-8, 9, (rows, width), generator=generator) / 4
-    weight = torch.randint(-8, 9, (vocabulary, width), generator=generator) / 4
-    return state.to(dtype), weight.to(dtype)
-
-
-def of_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """A state and a weight whose product is `logits` `[R, V]`, exactly: every row of the state picks a column."""
-    return torch.eye(len(logits), dtype=logits.dtype), logits.T.contiguous()
-
-
-def product(state: Tensor, weight: Tensor) -> Tensor:
-    """`linear`, rounded once, from float64."""
-    return (state.double() @ weight.double().T).float().to(state.dtype)
 
 
 @ways
@@ -335,88 +214,3 @@ def test_rows_of_a_larger_matrix_and_states_that_are_not_contiguous() -> None:
 def test_no_rows_have_no_sums(way: Callable[..., Sums]) -> None:
     state, weight = exact_inputs(0, 8, 30, torch.float32)
     assert [tuple(tensor.shape) for tensor in way(state, weight)] == [(0,)] * 4 + [(0, 30)]
-
-
-def test_the_cpu_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    module = cdsurgery.kernels.unembed_sums
-    sums = module.partial_sums
-    monkeypatch.setattr(module, "partial_sums", lambda logits: (sizes.append(logits.numel()), sums(logits))[1])
-    monkeypatch.setattr(module, "CPU_LOGITS", 1000)
-    unembed_sums(torch.zeros(7, 4), torch.zeros(500, 4), None, 1.0, None, torch.float32, False)
-    assert max(sizes) <= 1000
-    assert sum(sizes) == 3500
-
-
-@pytest.mark.parametrize("write", [False, True])
-def test_pytorch_takes_it_for_an_operator_like_its_own(write: bool) -> None:
-    state, weight = exact_inputs(3, 8, 30, torch.bfloat16)
-    torch.library.opcheck(unembed_sums, (state, weight, None, 1.0, None, torch.bfloat16, write))
-    torch.library.opcheck(unembed_sums, (state, weight, weight[:, 0].contiguous(), 0.5, 30.0, torch.float32, write))
-
-
-def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
-    class Head(nn.Module):
-        def forward(self, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            _, index, s, _, logits = unembed_sums(state * 2, weight, None, 1.0, None, torch.float32, True)
-            return index + 1, logits / (1 + s)[:, None]
-
-    state, weight = exact_inputs(5, 8, 30, torch.float32)
-    rows = torch.export.Dim("rows", min=2)
-    graph = torch.export.export(Head(), (state, weight), dynamic_shapes=({0: rows}, None)).module()
-    compiled = torch.compile(Head(), backend="aot_eager", fullgraph=True, dynamic=True)
-    for size in (2, 5, 11):
-        state, _ = exact_inputs(size, 8, 30, torch.float32, seed=size)
-        for function in (graph, compiled):
-            for found, true in zip(function(state, weight), Head()(state, weight), strict=True):
-                assert torch.equal(found, true)
-
-
-MISFITS = {
-    "width": (torch.zeros(2, 7), torch.zeros(9, 8), None),
-    "axes": (torch.zeros(1, 2, 8), torch.zeros(9, 8), None),
-    "no vocabulary": (torch.zeros(2, 8), torch.zeros(0, 8), None),
-    "dtypes": (torch.zeros(2, 8).half(), torch.zeros(9, 8), None),
-    "float64": (torch.zeros(2, 8).double(), torch.zeros(9, 8).double(), None),
-    "bias": (torch.zeros(2, 8), torch.zeros(9, 8), torch.zeros(8)),
-    "columns": (torch.zeros(2, 8), torch.zeros(8, 9).T, None),
-}
-
-
-@pytest.mark.parametrize("given", MISFITS.values(), ids=MISFITS.keys())
-def test_tensors_that_do_not_fit_are_refused(given: Any) -> None:
-    with pytest.raises(InvalidInputError, match=r"unembed_sums got \[.* It takes a state \[R, D\]"):
-        unembed_sums(*given, 1.0, None, torch.float32, False)
-
-
-def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "cdsurgery.kernels.tiles", raising=False)
-    monkeypatch.delitem(sys.modules, "cdsurgery.kernels.launch", raising=False)
-    state, weight = exact_inputs(2, 8, 30, torch.float32)
-    with pytest.raises(SurgeryError, match=r"pip install triton. Or use scan='full'"):
-        cdsurgery.kernels.unembed_sums._on_gpu(state, weight, None, 1.0, None, torch.float32, False)
-
-
-@pytest.fixture(scope="module")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    """What a launch compiles, by a process in which Triton does not interpret."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "compile_kernels.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_it_compiles_for_gpus_onto_tensor_cores_but_for_float32(binaries: list[Any]) -> None:
-    few, many, exact = (measure for measure, _ in binaries)
-    assert {merge["name"] for _, merge in binaries} == {"merge_tiles"}
-    assert few["instructions"] == ["mma.sync", "cp.async."]
-    assert many["instructions"] == ["wgmma.mma_async", "cp.async."]
-    assert exact["instructions"] == ["cp.async."]
-    # What a program may have on the smallest of today's cards.
-    assert all(kernel["shared"] <= 99 * 1024 for launch in binaries for kernel in launch)

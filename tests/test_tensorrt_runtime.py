@@ -27,6 +27,7 @@ from cdsurgery.export.tensorrt.admission import check_gpu, check_version
 from cdsurgery.export.tensorrt.manifest import EngineManifest
 from cdsurgery.export.tensorrt.profiles import Range, cache_bytes, decoder_profiles, fitting_profile
 from cdsurgery.export.tensorrt.steps import DecodeSteps
+from cdsurgery.export.triton.serving.engines import cache_folder
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a PyTorch with CUDA")
 CPU = torch.device("cpu")
@@ -251,8 +252,8 @@ def test_onnx_runtimes_tensorrt_provider_gets_shapes_and_caches(
         export.load(folder, providers="tensorrt", cache=tmp_path / prefix)
         (name, options), *others = given.pop()
         assert (name, others) == (provider, ["CPUExecutionProvider"])
-        assert (tmp_path / prefix).is_dir()
-        assert next(value for key, value in options.items() if key.endswith("_path")) == str(tmp_path / prefix)
+        kept = cache_folder(tmp_path / prefix, read_manifest(folder).files)
+        assert {value for key, value in options.items() if key.endswith("_path")} == {str(kept)}
         shapes = [options[f"{prefix}_profile_{size}_shapes"].split(",") for size in ("min", "opt", "max")]
         names = [spec.name for spec in read_manifest(folder).signature.inputs]
         for size in shapes:
@@ -260,6 +261,9 @@ def test_onnx_runtimes_tensorrt_provider_gets_shapes_and_caches(
         assert [size[0] for size in shapes] == ["input_ids:1x1", "input_ids:8x1", "input_ids:8x128"]
         assert [size[1] for size in shapes] == [f"attention_mask:{of}" for of in ("1x1", "8x64", "8x255")]
         assert shapes[0][3] == "past_key_values.0.key:1x2x0x16"
+    (tmp_path / "nv").chmod(0o777)
+    with pytest.raises(InvalidInputError, match="nobody else may write there"):
+        export.load(folder, providers="tensorrt", cache=tmp_path / "nv")
     export.load(folder, providers="tensorrt")
     assert not [key for key in given.pop()[0][1] if "cache" in key]
 

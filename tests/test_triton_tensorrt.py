@@ -21,8 +21,9 @@ from cdsurgery.export.artifact.manifest import read_manifest
 from cdsurgery.export.runtime.providers import TENSORRT, TENSORRT_RTX
 from cdsurgery.export.triton.repository import ARTIFACT
 from cdsurgery.export.triton.serving.decoder import OrtDecoder
+from cdsurgery.export.triton.serving.engines import cache_folder
 from cdsurgery.export.triton.serving.errors import FolderError
-from cdsurgery.export.triton.serving.providers import cache_folder, providers_for
+from cdsurgery.export.triton.serving.providers import providers_for
 from cdsurgery.export.triton.serving.scheduler import Scheduler
 from cdsurgery.export.triton.serving.settings import Settings, read_settings
 from cdsurgery.export.triton.settings import serving_settings
@@ -94,6 +95,12 @@ def test_every_shape_that_the_scheduler_runs_is_one_that_the_engine_is_built_for
             assert reached[spec.name][:, 2].max() == largest[spec.name][2] == 38
 
 
+def kept_by(config: Settings) -> Path:
+    """Where a model with these settings keeps its engines."""
+    assert config.cache is not None
+    return cache_folder(Path(config.cache), config.files)
+
+
 class Opened:
     """Stands for a session: keeps what it was opened with, and says that it runs on some providers."""
 
@@ -122,7 +129,7 @@ def test_onnx_runtime_is_asked_for_tensorrt_with_shapes_and_caches_and_then_for_
         assert (name, cuda) == (provider, (CUDA, {"device_id": 3}))
         assert options["device_id"] == 3
         assert config.providers[provider].items() <= options.items()
-        kept = str(cache_folder(config))
+        kept = str(kept_by(config))
         expected = {
             TENSORRT: {
                 "trt_engine_cache_enable": True,
@@ -162,10 +169,10 @@ def test_what_a_served_model_is_told_survives_its_file(tmp_path: Path) -> None:
 def test_engines_of_other_weights_have_another_folder_that_only_the_owner_can_write(tmp_path: Path) -> None:
     config = tensorrt_settings(tmp_path / "engines")
     other = replace(config, files={"artifact/model.onnx": {"sha256": "b", "size": 1}})
-    folders = {cache_folder(config), cache_folder(other)}
+    folders = {kept_by(config), kept_by(other)}
     assert {folder.parent for folder in folders} == {tmp_path / "engines"}
     assert len(folders) == 2
-    assert cache_folder(config) in folders, "the next start must find what this one kept"
+    assert kept_by(config) in folders, "the next start must find what this one kept"
     for folder in (tmp_path / "engines", *folders):
         assert folder.stat().st_mode & 0o777 == 0o700
 
@@ -178,19 +185,19 @@ def test_a_cache_that_others_can_write_or_that_cannot_be_made_is_refused(
     for mode in (0o770, 0o707):
         (tmp_path / "open").chmod(mode)
         with pytest.raises(FolderError, match=f"with mode {mode:o}.*nobody else may write"):
-            cache_folder(config)
+            kept_by(config)
     (tmp_path / "open").chmod(0o755)
-    assert cache_folder(config).is_dir()
+    assert kept_by(config).is_dir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: 12345)
         with pytest.raises(FolderError, match=r"must be user 12345's"):
-            cache_folder(config)
+            kept_by(config)
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match=r"cannot be used: .*Name another folder"):
-        cache_folder(tensorrt_settings(tmp_path / "file" / "below"))
+        kept_by(tensorrt_settings(tmp_path / "file" / "below"))
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(FolderError, match="cannot be written"):
-        cache_folder(config)
+        kept_by(config)
 
 
 @pytest.mark.gpu
@@ -215,7 +222,7 @@ def test_on_a_gpu_the_first_tokens_are_those_of_pytorch_and_the_second_start_fin
         first = [reply.tokens[:1] for reply in replies]
         wanted = [truth(wrapped("llama"), prompt, 1) for prompt in asked]
         assert sum(one == other for one, other in zip(first, wanted, strict=True)) >= len(asked) - 1
-        files = [path for path in cache_folder(config).iterdir() if path.suffix != ".timing"]
+        files = [path for path in kept_by(config).iterdir() if path.suffix != ".timing"]
         kept.append({path.name: path.stat().st_mtime_ns for path in files})
     assert kept[0]
     assert kept[0] == kept[1]

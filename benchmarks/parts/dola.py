@@ -40,11 +40,11 @@ def main() -> None:
     """In that environment: time, and print the timings as JSON."""
     from transformers import AutoModelForCausalLM
 
-    from benchmarks.shapes import SHAPES
+    from benchmarks.shapes import config_of
     from benchmarks.text import writing
 
     setting = Setting(**json.loads(sys.argv[1]))
-    model = AutoModelForCausalLM.from_config(SHAPES[setting.shape], torch_dtype=setting.torch_dtype).eval()
+    model = AutoModelForCausalLM.from_config(config_of(setting.shape), torch_dtype=setting.torch_dtype).eval()
     ways = {"unwrapped": writing(model, setting)}
     ways |= {name: writing(model, setting, dola_layers=layers) for name, layers in LAYERS.items()}
     timings = interleaved(ways, setting.rounds)

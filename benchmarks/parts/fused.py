@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from benchmarks.machine import GPU, Limits
 from benchmarks.report import Table, compared
 from benchmarks.setting import Setting
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import config_of
 from benchmarks.timing import interleaved
 from cdsurgery.entropy import entropy, entropy_of_sums
 from cdsurgery.kernels.unembed_sums import unembed_sums
@@ -22,7 +22,7 @@ def unembeddings(setting: Setting, _limits: Limits) -> Table:
     Against one product of `batch` rows, as the unwrapped model makes: reading the weight once, the least that any of
     them can take; the logits of all candidates and their entropies; these entropies without the logits, and with them.
     """
-    config, dtype, device = SHAPES[setting.shape], setting.torch_dtype, "cuda" if GPU else "cpu"
+    config, dtype, device = config_of(setting.shape), setting.torch_dtype, "cuda" if GPU else "cpu"
     # Logits as far apart as a trained model's.
     weight = torch.randn(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
     weight *= 4 / config.hidden_size**0.5

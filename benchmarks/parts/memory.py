@@ -18,6 +18,7 @@ from benchmarks.report import Table
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import random_model
+from cdsurgery.export.graph.cache import cache_states
 
 
 class Peak(TorchDispatchMode):
@@ -29,7 +30,9 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.held = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in held}
+        # References and not addresses alone, which would go to what is made once one of these is gone.
+        references = [StorageWeakRef(tensor.untyped_storage()) for tensor in held]
+        self.held = {reference.cdata: reference for reference in references}
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.bytes = 0
 
@@ -57,7 +60,7 @@ def peaks(setting: Setting, _limits: Limits) -> Table:
     rows = []
     with scheduled(setting.rate):
         for way, model in models.items():
-            with Peak([*weights, *(state for layer in cache.layers for state in (layer.keys, layer.values))]) as step:
+            with Peak([*weights, *(state for _, _, state in cache_states(cache))]) as step:
                 decode_step(model, cache, setting.batch)()
             with Peak(weights) as prefill:
                 model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)

@@ -11,6 +11,7 @@ import torch
 
 import cdsurgery
 from benchmarks.machine import Limits
+from benchmarks.models import bytes_of, filled_cache
 from benchmarks.plain import plain_artifact
 from benchmarks.report import Table, compared
 from benchmarks.roofline import Roofline
@@ -25,10 +26,10 @@ def decode_steps(setting: Setting, limits: Limits) -> Table:
 
     Random weights move nearly every row by a layer or more, so the draw of `probability` decides how many do: `rate`.
     """
-    model = cdsurgery.wrap(
-        random_model(setting.shape, setting.torch_dtype), lookback=setting.lookback, probability=setting.rate, seed=0
-    )
-    steps = Roofline(model, limits).steps(setting.batch, setting.context, setting.lookback, setting.rate)
+    plain = random_model(setting.shape, setting.torch_dtype)
+    cache = bytes_of(filled_cache(plain, setting.batch, setting.context))
+    steps = Roofline(plain, limits).steps(setting.batch, cache, setting.lookback, setting.rate)
+    model = cdsurgery.wrap(plain, lookback=setting.lookback, probability=setting.rate, seed=0)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         artifacts = {"unwrapped": Path(place) / "unwrapped"}
         print("exporting unwrapped ..", file=sys.stderr, flush=True)
@@ -37,7 +38,7 @@ def decode_steps(setting: Setting, limits: Limits) -> Table:
             print(f"exporting {way} ..", file=sys.stderr, flush=True)
             artifacts[way] = Path(place) / way
             export.to_onnx(model, artifacts[way], target="cpu", scan=scan, parity=False)  # type: ignore[arg-type]
-        del model
+        del model, plain
         ways = {way: _step(path, setting.batch, setting.context) for way, path in artifacts.items()}
         return compared(interleaved(ways, setting.rounds), steps)
 

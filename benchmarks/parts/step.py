@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks.machine import Limits
-from benchmarks.models import decode_step, filled_cache, wrapped_ways
+from benchmarks.models import bytes_of, decode_step, filled_cache, wrapped_ways
 from benchmarks.report import Table, compared
 from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
@@ -22,9 +22,8 @@ def decode_steps(setting: Setting, limits: Limits) -> Table:
     """One new token a row on a cache of `context` tokens; `rate` of the rows move by one layer."""
     plain = random_model(setting.shape, setting.torch_dtype)
     cache = filled_cache(plain, setting.batch, setting.context)
+    steps = Roofline(plain, limits).steps(setting.batch, bytes_of(cache), setting.lookback, setting.rate)
     timings = _in_turns(plain, setting, lambda model: decode_step(model, cache, setting.batch))
-    roofline = Roofline(plain, limits)
-    steps = roofline.steps(setting.batch, setting.context, setting.lookback, setting.rate)
     return compared(timings, steps | {"published": steps["full"]})
 
 

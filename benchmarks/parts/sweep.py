@@ -12,7 +12,7 @@ from torch import nn
 
 import cdsurgery
 from benchmarks.machine import Limits
-from benchmarks.models import WAYS, decode_step, filled_cache, on_shared_weights
+from benchmarks.models import WAYS, bytes_of, decode_step, filled_cache, on_shared_weights
 from benchmarks.picture import overhead_picture
 from benchmarks.report import Cell, Table
 from benchmarks.roofline import Roofline
@@ -52,11 +52,17 @@ def sweep(setting: Setting, limits: Limits) -> Table:
     with torch.no_grad(), scheduled(setting.rate):
         timings = interleaved({repr(key): way for key, way in ways.items()}, setting.rounds)
     found = dict(zip(ways, timings, strict=True))
-    return _table(axes, found, setting, Roofline(plain, limits))
+    roofline = Roofline(plain, limits)
+    least = {
+        (batch, k, size): roofline.steps(batch, bytes_of(caches[batch]), k, setting.rate)
+        for axis in ("batch", "K")
+        for batch, k, size in axes[axis].values()
+    }
+    return _table(axes, found, least)
 
 
 def _table(
-    axes: dict[str, dict[int, Point]], found: dict[tuple[Point, str], Timing], setting: Setting, roofline: Roofline
+    axes: dict[str, dict[int, Point]], found: dict[tuple[Point, str], Timing], least: dict[Point, dict[str, float]]
 ) -> Table:
     rows: list[tuple[Cell, ...]] = []
     beyond: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -66,15 +72,16 @@ def _table(
         timing, unwrapped = found[(batch, k, size), way], found[(batch, 0, size), "unwrapped"]
         ratio, limit = timing.milliseconds / unwrapped.milliseconds, None
         if axis != "V":
-            steps = roofline.steps(batch, setting.context, k, setting.rate)
+            steps = least[batch, k, size]
             limit = steps[way] / steps["unwrapped"]
             if axis == "batch":
                 overheads.setdefault(way, []).append((batch, ratio - 1, limit - 1))
         rows.append((axis, value, way, ratio, limit, timing.milliseconds))
         beyond.setdefault((axis, way), []).append((value, timing.ratio - unwrapped.ratio))
-    names = {"K": "candidate", "batch": "row", "V": "entry of the vocabulary"}
+    units = {"batch": (1, "row"), "K": (1, "candidate"), "V": (1000, "thousand entries of the vocabulary")}
     notes = [
-        f"{way}: one {names[axis]} more costs {100 * slope(points):.3g} % of the unwrapped step of one row."
+        f"{way}: one {units[axis][1]} more costs {100 * units[axis][0] * slope(points):.2g} % of the unwrapped step of "
+        "one row."
         for (axis, way), points in beyond.items()
     ]
     columns = ("axis", "value", "way", "ratio", "ratio of the roofline", "ms, here and now")

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 import cdsurgery
 from benchmarks.machine import Limits
 from benchmarks.plain import plain_artifact
-from benchmarks.report import Cell, Table
+from benchmarks.report import SPREAD, Cell, Table
 from benchmarks.roofline import Roofline
 from benchmarks.setting import Setting
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import config_of, random_model
 from benchmarks.timing import interleaved
 from cdsurgery import export
 from cdsurgery.export.runtime.lengths import shape_of
@@ -35,7 +35,7 @@ def decode_steps(setting: Setting, limits: Limits) -> Table:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         sessions = _engines(setting, Path(place))
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(SHAPES[setting.shape], dtype=setting.torch_dtype)
+            shapes = AutoModelForCausalLM.from_config(config_of(setting.shape), dtype=setting.torch_dtype)
         roofline = Roofline(shapes, limits)
         rows: list[tuple[Cell, ...]] = []
         for batch in BATCHES:
@@ -45,10 +45,11 @@ def decode_steps(setting: Setting, limits: Limits) -> Table:
             except torch.OutOfMemoryError:
                 rows.append((batch, "does not fit", None, None, None, None))
                 continue
-            found, steps = timings[1], roofline.steps(batch, setting.context, setting.lookback, setting.rate)
+            cache = sum(feed[spec.name].nbytes for spec in next(iter(sessions.values())).signature.past)
+            found, steps = timings[1], roofline.steps(batch, cache, setting.lookback, setting.rate)
             limit = steps["one pass"] / steps["unwrapped"]
-            rows.append((batch, found.ratio, found.low, found.high, limit, found.milliseconds))
-    columns = ("batch", "ratio", "lower quartile", "upper quartile", "ratio of the roofline", "ms, here and now")
+            rows.append((batch, found.ratio, found.low, found.middle, found.high, limit, found.milliseconds))
+    columns = ("batch", "ratio", *SPREAD, "ratio of the roofline", "ms, here and now")
     return Table(columns, rows)
 
 

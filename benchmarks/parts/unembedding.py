@@ -8,13 +8,13 @@ from torch.nn.functional import linear
 from benchmarks.machine import Limits
 from benchmarks.report import Table, compared
 from benchmarks.setting import Setting
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import config_of
 from benchmarks.timing import interleaved
 
 
 def products(setting: Setting, _limits: Limits) -> Table:
     """`[batch, D]` times `[V, D]`, float32."""
-    config, rows = SHAPES[setting.shape], setting.batch
+    config, rows = config_of(setting.shape), setting.batch
     weight, state = torch.randn(config.vocab_size, config.hidden_size), torch.randn(rows, config.hidden_size)
     several = state if rows > 1 else state.repeat(2, 1)
     ways = {

@@ -18,6 +18,8 @@ from cdsurgery.export.artifact.manifest import Manifest
 from cdsurgery.export.runtime.session import Provider
 from cdsurgery.export.signature import SEQUENCE, Signature
 from cdsurgery.export.tensorrt.profiles import Profile, Range, decoder_profiles
+from cdsurgery.export.triton.serving.engines import cache_options
+from cdsurgery.export.triton.serving.errors import FolderError
 
 TENSORRT, TENSORRT_RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 
@@ -28,14 +30,14 @@ def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> 
     Args:
         folder: of the artifact.
         manifest: of the artifact.
-        cache: a folder for engines and timings, made if it is not there; None keeps nothing.
+        cache: a folder for engines and timings of any artifact, made if it is not there; None keeps nothing.
 
     Raises:
-        InvalidInputError: this ONNX Runtime has no TensorRT provider.
+        InvalidInputError: this ONNX Runtime has no TensorRT provider, or the cache is no folder to trust.
         ArtifactError: the artifact's config cannot be read.
     """
     available = onnxruntime.get_available_providers()
-    makers: dict[str, Callable[[Signature, Profile, Path | None], dict[str, Any]]] = {
+    makers: dict[str, Callable[[Signature, Profile], dict[str, Any]]] = {
         TENSORRT: tensorrt_options,
         TENSORRT_RTX: tensorrt_rtx_options,
     }
@@ -52,29 +54,24 @@ def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> 
     prefill, decode = decoder_profiles(manifest.signature, context)
     # One profile for both, tuned for decoding.
     both = Profile("both", {**decode.axes, SEQUENCE: Range(1, 1, prefill.axes[SEQUENCE].maximum)})
+    options = makers[name](manifest.signature, both)
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            options |= cache_options(name, cache, manifest.files)
+        except FolderError as error:
+            raise InvalidInputError(str(error)) from error
     others = [other for other in ("CUDAExecutionProvider", "CPUExecutionProvider") if other in available]
-    return [(name, makers[name](manifest.signature, both, cache)), *others]
+    return [(name, options), *others]
 
 
-def tensorrt_options(signature: Signature, profile: Profile, cache: Path | None) -> dict[str, Any]:
-    """Options of TensorrtExecutionProvider."""
-    options = _shapes("trt_profile_{}_shapes", signature, profile)
-    if cache is not None:
-        options |= {
-            "trt_engine_cache_enable": True,
-            "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": True,
-            "trt_timing_cache_path": str(cache),
-        }
-    return options
+def tensorrt_options(signature: Signature, profile: Profile) -> dict[str, Any]:
+    """Shapes as TensorrtExecutionProvider takes them."""
+    return _shapes("trt_profile_{}_shapes", signature, profile)
 
 
-def tensorrt_rtx_options(signature: Signature, profile: Profile, cache: Path | None) -> dict[str, Any]:
-    """Options of NvTensorRTRTXExecutionProvider, which measures nothing and keeps what it compiled."""
-    options = _shapes("nv_profile_{}_shapes", signature, profile)
-    return options if cache is None else options | {"nv_runtime_cache_path": str(cache)}
+def tensorrt_rtx_options(signature: Signature, profile: Profile) -> dict[str, Any]:
+    """Shapes as NvTensorRTRTXExecutionProvider takes them."""
+    return _shapes("nv_profile_{}_shapes", signature, profile)
 
 
 def _shapes(option: str, signature: Signature, profile: Profile) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def _tensorrt(manifest: Manifest, options: ServingOptions, context: int) -> dict
     axes = {**decode.axes, SEQUENCE: Range(1, 1, min(options.chunk, context - 1))}
     both = Profile("both", axes)  # one engine for prompts and steps, tuned for steps
     return {
-        TENSORRT: tensorrt_options(signature, both, None),
-        TENSORRT_RTX: tensorrt_rtx_options(signature, both, None),
+        TENSORRT: tensorrt_options(signature, both),
+        TENSORRT_RTX: tensorrt_rtx_options(signature, both),
     }
 
 

@@ -1,0 +1,107 @@
+"""`unembed_sums` as an operator of PyTorch's: what it refuses, holds, exports to, and compiles to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_truth import exact_inputs
+from torch import Tensor, nn
+
+import cdsurgery.kernels.unembed_sums
+from cdsurgery import InvalidInputError, SurgeryError
+from cdsurgery.kernels.unembed_sums import unembed_sums
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_cpu_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    module = cdsurgery.kernels.unembed_sums
+    sums = module.partial_sums
+    monkeypatch.setattr(module, "partial_sums", lambda logits: (sizes.append(logits.numel()), sums(logits))[1])
+    monkeypatch.setattr(module, "CPU_LOGITS", 1000)
+    unembed_sums(torch.zeros(7, 4), torch.zeros(500, 4), None, 1.0, None, torch.float32, False)
+    assert max(sizes) <= 1000
+    assert sum(sizes) == 3500
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_pytorch_takes_it_for_an_operator_like_its_own(write: bool) -> None:
+    state, weight = exact_inputs(3, 8, 30, torch.bfloat16)
+    torch.library.opcheck(unembed_sums, (state, weight, None, 1.0, None, torch.bfloat16, write))
+    torch.library.opcheck(unembed_sums, (state, weight, weight[:, 0].contiguous(), 0.5, 30.0, torch.float32, write))
+
+
+def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
+    class Head(nn.Module):
+        def forward(self, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            _, index, s, _, logits = unembed_sums(state * 2, weight, None, 1.0, None, torch.float32, True)
+            return index + 1, logits / (1 + s)[:, None]
+
+    state, weight = exact_inputs(5, 8, 30, torch.float32)
+    rows = torch.export.Dim("rows", min=2)
+    graph = torch.export.export(Head(), (state, weight), dynamic_shapes=({0: rows}, None)).module()
+    compiled = torch.compile(Head(), backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (2, 5, 11):
+        state, _ = exact_inputs(size, 8, 30, torch.float32, seed=size)
+        for function in (graph, compiled):
+            for found, true in zip(function(state, weight), Head()(state, weight), strict=True):
+                assert torch.equal(found, true)
+
+
+MISFITS = {
+    "width": (torch.zeros(2, 7), torch.zeros(9, 8), None),
+    "axes": (torch.zeros(1, 2, 8), torch.zeros(9, 8), None),
+    "no vocabulary": (torch.zeros(2, 8), torch.zeros(0, 8), None),
+    "dtypes": (torch.zeros(2, 8).half(), torch.zeros(9, 8), None),
+    "float64": (torch.zeros(2, 8).double(), torch.zeros(9, 8).double(), None),
+    "bias": (torch.zeros(2, 8), torch.zeros(9, 8), torch.zeros(8)),
+    "columns": (torch.zeros(2, 8), torch.zeros(8, 9).T, None),
+}
+
+
+@pytest.mark.parametrize("given", MISFITS.values(), ids=MISFITS.keys())
+def test_tensors_that_do_not_fit_are_refused(given: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"unembed_sums got \[.* It takes a state \[R, D\]"):
+        unembed_sums(*given, 1.0, None, torch.float32, False)
+
+
+def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "cdsurgery.kernels.tiles", raising=False)
+    monkeypatch.delitem(sys.modules, "cdsurgery.kernels.launch", raising=False)
+    state, weight = exact_inputs(2, 8, 30, torch.float32)
+    with pytest.raises(SurgeryError, match=r"pip install triton. Or use scan='full'"):
+        cdsurgery.kernels.unembed_sums._on_gpu(state, weight, None, 1.0, None, torch.float32, False)
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    """What a launch compiles, by a process in which Triton does not interpret."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "compile_kernels.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_it_compiles_for_gpus_onto_tensor_cores_but_for_float32(binaries: list[Any]) -> None:
+    few, many, exact = (measure for measure, _ in binaries)
+    assert {merge["name"] for _, merge in binaries} == {"merge_tiles"}
+    assert few["instructions"] == ["mma.sync", "cp.async."]
+    assert many["instructions"] == ["wgmma.mma_async", "cp.async."]
+    assert exact["instructions"] == ["cp.async."]
+    # What a program may have on the smallest of today's cards.
+    assert all(kernel["shared"] <= 99 * 1024 for launch in binaries for kernel in launch)
