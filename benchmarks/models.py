@@ -18,6 +18,7 @@ from cdsurgery.export.graph.cache import cache_states
 WAYS: dict[str, dict[str, Any]] = {
     "lazy": {"scan": "lazy"},
     "full": {"scan": "full"},
+    "fused": {"scan": "fused"},
     "published": {"scan": "full", "measure": "log_p_squared"},
 }
 

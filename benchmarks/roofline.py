@@ -35,7 +35,8 @@ class Roofline:
         """Way -> seconds, on a cache of so many bytes, where `rate` of the rows move, by one layer.
 
         "lazy" projects every row twice and those that moved once more; "full" all candidates in two products, the
-        model's own and ours, whose logits are written and read; "one pass" all of them in one.
+        model's own and ours, whose logits are written and read; "fused" the same without the logits; "one pass" all of
+        them in one.
         """
         unwrapped = self.unwrapped(batch, cache)
         further = (1 - (1 - rate) ** batch) * self.product(max(1, rate * batch))
@@ -44,6 +45,7 @@ class Roofline:
             "unwrapped": unwrapped,
             "lazy": unwrapped + self.product(batch) + further,
             "full": unwrapped + self.product(lookback * batch) + logits,
+            "fused": unwrapped + self.product(lookback * batch),
             "one pass": unwrapped - self.product(batch) + self.product((lookback + 1) * batch) + logits,
         }
 

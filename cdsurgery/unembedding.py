@@ -1,9 +1,17 @@
 """A few rows -> their logits on a CPU, at the speed at which memory gives the unembedding.
 
-PyTorch multiplies one row with a float32 matrix on one core, and a few rows slower than one. On two cores, of a W
-`[151936, 1024]` that takes 20 ms to be read, `x @ W.T` took 35 ms for one row, 79 for two and 126 for eleven, `W @ x.T`
-19, 19 and 87 (`python -m benchmarks unembedding --batch 1`, 2, 11). The logits differ in their last bits, so the
-model's own final logits are never computed like this.
+PyTorch multiplies one row with a float32 matrix on one core, and a few rows slower than one. `W @ x.T` is as quick as
+reading W for up to three of them, and oneDNN, which PyTorch carries and does not use for float32, for more. Of a W
+`[151936, 1024]` on two cores (`python -m benchmarks unembedding --batch 1`, 2, 4, 11; milliseconds):
+
+| rows | `x @ W.T` | `W @ x.T` | `few_rows_product` | reading W |
+|---|---|---|---|---|
+| 1 | 37 | 20 | 21 | 21 |
+| 2 | 84 | 21 | 21 | 23 |
+| 4 | 118 | 48 | 32 | 22 |
+| 11 | 140 | 91 | 39 | 22 |
+
+The logits differ in their last bits, so the model's own final logits are never computed like this.
 """
 
 from __future__ import annotations
@@ -17,6 +25,8 @@ from transformers import PreTrainedModel
 
 from cdsurgery.anatomy import Anatomy
 
+ONEDNN_ROWS = 4
+
 
 def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[Tensor], Tensor] | None:
     """`[..., D]` -> `[..., V]` as the model's unembedding does it; None where it is to be called itself.
@@ -29,12 +39,22 @@ def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[
     weight, bias = head.weight, head.bias
 
     def unembed(state: Tensor) -> Tensor:
-        rows = state.flatten(0, -2)
-        several = rows if len(rows) > 1 else rows.expand(2, -1).contiguous()  # one alone is a matrix-vector product
-        logits = (weight @ several.T).T[: len(rows)]
+        logits = few_rows_product(state.flatten(0, -2), weight)
         return (logits if bias is None else logits + bias).unflatten(0, state.shape[:-1])
 
     return unembed
+
+
+def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """`[R, D]`, `[V, D]` -> `[R, V]`, all float32 on a CPU, but for the result under an autocast."""
+    plain = not torch.is_autocast_enabled("cpu")
+    plain = plain and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
+    if len(rows) >= ONEDNN_ROWS and plain and torch.backends.mkldnn.is_available():
+        # What torch.compile's code calls for a linear layer: autocast does not know it, and it has no derivative.
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+        return product
+    several = rows.expand(2, -1).contiguous() if len(rows) == 1 else rows  # one alone is a matrix-vector product
+    return (weight @ several.T).T[: len(rows)]
 
 
 def linear_flaw(head: Any) -> str | None:

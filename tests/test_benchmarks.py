@@ -114,6 +114,7 @@ def test_the_roofline_of_a_scan_counts_its_products() -> None:
     steps = computing.steps(batch=2, cache=0, lookback=3, rate=0.5)
     assert steps["unwrapped"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()) - 2 * head)
     assert steps["full"] - steps["unwrapped"] == pytest.approx(6 * head)
+    assert steps["fused"] == steps["full"]  # what it does not write costs nothing here
     assert steps["lazy"] - steps["unwrapped"] == pytest.approx((2 + 0.75) * head)
 
 
@@ -143,7 +144,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Setting:
 
 def test_every_part_compares_with_the_unwrapped_model(small: Setting) -> None:
     limits = Limits(1e9, 1e9)
-    ways = ["unwrapped", "lazy", "full", "published"]
+    ways = ["unwrapped", "lazy", "full", "fused", "published"]
     for name, expected in {"step": ways, "prefill": ways, "generation": ways}.items():
         table = benchmarks.__main__.PARTS[name](small, limits)
         assert [row[0] for row in table.rows] == expected, name
@@ -197,10 +198,10 @@ def test_a_sweep_has_all_points_lines_through_them_and_the_same_picture_each_tim
         (axis, value, way)
         for axis, values in (("batch", sweep.BATCHES), ("K", (1, 2)), ("V", (125, 250, 500)))
         for value in values
-        for way in ("lazy", "full")
+        for way in ("lazy", "full", "fused")
     }
-    assert len(table.notes) == 6
-    assert table.picture is not None and table.picture.count("roofline") == 2
+    assert len(table.notes) == 9
+    assert table.picture is not None and table.picture.count("roofline") == 3
     line = {"lazy": [(1, 0.25, 0.2), (4, 0.5, 0.4)]}
     assert (
         overhead_picture(line) == overhead_picture(line) != overhead_picture({"lazy": [(1, 0.25, 0.2), (4, 0.6, 0.4)]})

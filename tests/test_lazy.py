@@ -160,7 +160,7 @@ def test_a_gradient_reaches_the_selected_layers_logits() -> None:
     assert gradients[0].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 11])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 11])
 @pytest.mark.parametrize("family", ["llama", "phi"])  # phi has a bias
 @torch.no_grad()
 def test_a_few_rows_are_unembedded_as_the_head_does_it(family: str, rows: int) -> None:
@@ -170,6 +170,20 @@ def test_a_few_rows_are_unembedded_as_the_head_does_it(family: str, rows: int) -
     state = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows))
     # Sums of 64 products in another order, at logits of size 10.
     torch.testing.assert_close(unembed(state), model.lm_head(state), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_under_an_autocast_rows_are_rounded_as_the_head_rounds_them(rows: int) -> None:
+    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    unembed = few_rows_unembedding(model, model.anatomy)
+    assert unembed is not None
+    state = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, true = unembed(state), model.lm_head(state)
+    assert found.dtype == true.dtype == torch.bfloat16
+    # A sum that is halfway between two numbers of bfloat16 may be rounded either way.
+    torch.testing.assert_close(found, true, rtol=2**-7, atol=1e-5)
 
 
 @torch.no_grad()

@@ -120,6 +120,9 @@ class Server:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
+        except OSError as error:
+            ended = self.process.poll()
+            raise ConnectionError(f"{error!r}; tritonserver: {ended or 'runs'}; {self.text()[-4000:]}") from error
 
     def post(self, path: str, body: bytes | dict[str, Any] | None = None, timeout: float = 60) -> tuple[int, Any]:
         """POST; return the status and what came back, parsed if it is JSON."""
@@ -169,11 +172,20 @@ class Server:
         return done.stdout
 
     def stop(self) -> None:
-        """End the server and every process it started."""
+        """End the server and every process it started, and free the memory that they shared: nobody else would."""
+        shared = self._shared_memory()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for region in shared:
+            region.unlink(missing_ok=True)
         self._backends.cleanup()
+
+    def _shared_memory(self) -> set[Path]:
+        with contextlib.suppress(OSError):  # it has ended already
+            maps = Path(f"/proc/{self.process.pid}/maps").read_text().split()
+            return {Path(word) for word in maps if word.startswith("/dev/shm/triton_python_backend_shm_region")}
+        return set()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from benchmarks.shapes import random_model
 from benchmarks.timing import Timing, interleaved
 
 LOOKBACKS, BATCHES, SHARES = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16), (0.25, 0.5, 1.0)
-SCANS = ("lazy", "full")
+SCANS = ("lazy", "full", "fused")
 Point = tuple[int, int, int]  # rows, K, entries of the vocabulary
 
 

@@ -10,8 +10,10 @@ from benchmarks.report import Table, compared
 from benchmarks.setting import Setting
 from benchmarks.shapes import config_of
 from benchmarks.timing import interleaved
+from cdsurgery.unembedding import few_rows_product
 
 
+@torch.no_grad()
 def products(setting: Setting, _limits: Limits) -> Table:
     """`[batch, D]` times `[V, D]`, float32."""
     config, rows = config_of(setting.shape), setting.batch
@@ -20,6 +22,7 @@ def products(setting: Setting, _limits: Limits) -> Table:
     ways = {
         "x @ W.T": lambda: linear(state, weight),
         "W @ x.T": lambda: (weight @ several.T).T[:rows],
+        "few_rows_product": lambda: few_rows_product(state, weight),
         "read W": weight.sum,
     }
     return compared(interleaved(ways, setting.rounds))

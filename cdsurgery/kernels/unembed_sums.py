@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from cdsurgery.entropy import merged_sums, partial_sums
 from cdsurgery.errors import InvalidInputError, SurgeryError
+from cdsurgery.unembedding import few_rows_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Logits that the CPU holds at a time: 1 MB in float32, so that what is made of them stays in a core's cache.
@@ -65,7 +66,11 @@ def unembed_sums(
     parts = []
     for begin in range(0, vocabulary, step):
         columns = slice(begin, begin + step)
-        z = linear(state, weight[columns], None if bias is None else bias[columns]).to(dtype)
+        if state.dtype == torch.float32:
+            product = few_rows_product(state, weight[columns])
+            z = (product if bias is None else product + bias[columns]).to(dtype)
+        else:
+            z = linear(state, weight[columns], None if bias is None else bias[columns]).to(dtype)
         if scale != 1:
             z = z * scale
         if softcap is not None:
