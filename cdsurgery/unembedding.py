@@ -47,10 +47,10 @@ def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[
 
 def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
     """`[R, D]`, `[V, D]` -> `[R, V]`, all float32 on a CPU, but for the result under an autocast."""
-    plain = not torch.is_autocast_enabled("cpu")
-    plain = plain and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
-    if len(rows) >= ONEDNN_ROWS and plain and torch.backends.mkldnn.is_available():
-        # What torch.compile's code calls for a linear layer: autocast does not know it, and it has no derivative.
+    recorded = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    special = recorded or torch.is_autocast_enabled("cpu")
+    if len(rows) >= ONEDNN_ROWS and not special and torch.backends.mkldnn.is_available():
+        # What torch.compile's code calls for a linear layer. It has no derivative, and autocast does not know it.
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
         return product
     several = rows.expand(2, -1).contiguous() if len(rows) == 1 else rows  # one alone is a matrix-vector product
