@@ -78,7 +78,8 @@ class ConfidentHead(nn.Module):
             del self._generating
 
     def _confident_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
-        keep = inputs.get("logits_to_keep", 0)
+        # A model whose forward does not name it ignores it and returns all rows, as transformers' generate knows.
+        keep = inputs.get("logits_to_keep", 0) if "logits_to_keep" in self._argument_names else 0
         allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
         with self._taps.reading(keep) as states:
             plain = self._plain_forward(**inputs)

@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx_ir
 import torch
+from torch._dynamo import trace_rules
 from torch.export import Dim
 from transformers import PreTrainedTokenizerBase
 from transformers.exporters.configs import OnnxConfig
@@ -132,9 +133,12 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     # The form of experts without a histogram of tokens: it is what fuses into ONNX Runtime's MoE operator, and TensorRT
     # has no ScatterElements that adds.
     experts = use_experts_implementation(model, "batched_mm")
-    # The exporter puts a function of its own in the place of torch.where. In a branch dynamo reads what that calls, and
-    # does not know it if the first export of the process had it draw up its table of torch's functions meanwhile.
-    torch.compiler.allow_in_graph(torch.where)
+    # The exporter puts functions of its own in the place of torch.where, torch.chunk and others. Dynamo, which traces
+    # branches, must draw up its table of torch's functions now: if it did so meanwhile, it would not know the real ones
+    # any more, neither in the branch nor in whatever this process compiles later.
+    known = trace_rules.get_torch_obj_rule_map
+    known.cache_clear()
+    known()
     with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)
