@@ -4,7 +4,7 @@ PyTorch multiplies one row with a float32 matrix on one core, and a few rows slo
 reading W for up to three of them, and oneDNN, which PyTorch carries and does not use for float32, for more. Of a W
 `[151936, 1024]` on two cores (`python -m benchmarks unembedding --batch 1`, 2, 4, 11; milliseconds):
 
-| rows | `x @ W.T` | `W @ x.T` | `few_rows_product` | reading W |
+| rows | `x @ W.T` | `W @ x.T` | `few_rows_linear` | reading W |
 |---|---|---|---|---|
 | 1 | 37 | 20 | 21 | 21 |
 | 2 | 84 | 21 | 21 | 23 |
@@ -37,16 +37,16 @@ def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[
     if linear_flaw(head) is not None or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         return None
     weight, bias = head.weight, head.bias
-
-    def unembed(state: Tensor) -> Tensor:
-        logits = few_rows_product(state.flatten(0, -2), weight)
-        return (logits if bias is None else logits + bias).unflatten(0, state.shape[:-1])
-
-    return unembed
+    return lambda state: few_rows_linear(state.flatten(0, -2), weight, bias).unflatten(0, state.shape[:-1])
 
 
-def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """`[R, D]`, `[V, D]` -> `[R, V]`, all float32 on a CPU, but for the result under an autocast."""
+def few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[R, D]`, `[V, D]`, `[V]` or None -> `[R, V]`, all float32 on a CPU, but for the result under an autocast."""
+    logits = _product(rows, weight)
+    return logits if bias is None else logits + bias
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
     recorded = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     special = recorded or torch.is_autocast_enabled("cpu")
     if len(rows) >= ONEDNN_ROWS and not special and torch.backends.mkldnn.is_available():

@@ -122,7 +122,9 @@ class Server:
             return error.code, error.read()
         except OSError as error:
             ended = self.process.poll()
-            raise ConnectionError(f"{error!r}; tritonserver: {ended or 'runs'}; {self.text()[-4000:]}") from error
+            raise ConnectionError(
+                f"{error!r}; tritonserver: {'runs' if ended is None else ended}; {self.text()[-4000:]}"
+            ) from error
 
     def post(self, path: str, body: bytes | dict[str, Any] | None = None, timeout: float = 60) -> tuple[int, Any]:
         """POST; return the status and what came back, parsed if it is JSON."""

@@ -10,7 +10,7 @@ from benchmarks.report import Table, compared
 from benchmarks.setting import Setting
 from benchmarks.shapes import config_of
 from benchmarks.timing import interleaved
-from cdsurgery.unembedding import few_rows_product
+from cdsurgery.unembedding import few_rows_linear
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def products(setting: Setting, _limits: Limits) -> Table:
     ways = {
         "x @ W.T": lambda: linear(state, weight),
         "W @ x.T": lambda: (weight @ several.T).T[:rows],
-        "few_rows_product": lambda: few_rows_product(state, weight),
+        "few_rows_linear": lambda: few_rows_linear(state, weight, None),
         "read W": weight.sum,
     }
     return compared(interleaved(ways, setting.rounds))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cdsurgery.entropy import merged_sums, partial_sums
+from cdsurgery.entropy import CACHED_LOGITS, merged_sums, partial_sums
 from cdsurgery.errors import InvalidInputError, SurgeryError
-from cdsurgery.unembedding import few_rows_product
+from cdsurgery.unembedding import few_rows_linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Logits that the CPU holds at a time: 1 MB in float32, so that what is made of them stays in a core's cache.
-CPU_LOGITS = 2**18
+CPU_LOGITS = CACHED_LOGITS
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -63,14 +63,11 @@ def unembed_sums(
     rows, vocabulary = len(state), len(weight)
     step = max(1, CPU_LOGITS // max(1, rows))
     logits = _no_logits(state, weight, dtype, write)
+    multiply = few_rows_linear if state.dtype == torch.float32 else linear
     parts = []
     for begin in range(0, vocabulary, step):
         columns = slice(begin, begin + step)
-        if state.dtype == torch.float32:
-            product = few_rows_product(state, weight[columns])
-            z = (product if bias is None else product + bias[columns]).to(dtype)
-        else:
-            z = linear(state, weight[columns], None if bias is None else bias[columns]).to(dtype)
+        z = multiply(state, weight[columns], None if bias is None else bias[columns]).to(dtype)
         if scale != 1:
             z = z * scale
         if softcap is not None:
