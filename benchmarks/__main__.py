@@ -50,8 +50,9 @@ def arguments() -> argparse.Namespace:
 
 def without_place(given: list[str]) -> list[str]:
     """The arguments that say what was measured: all but --output and its folder."""
-    place = given.index("--output") if "--output" in given else len(given)
-    return given[:place] + given[place + 2 :]
+    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    place.add_argument("--output")
+    return place.parse_known_args(given)[1]
 
 
 def main() -> None:

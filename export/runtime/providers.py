@@ -6,7 +6,6 @@ prefill and decode alike. https://onnxruntime.ai/docs/execution-providers/Tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from cdsurgery.export.triton.serving.engines import cache_options
 from cdsurgery.export.triton.serving.errors import FolderError
 
 TENSORRT, TENSORRT_RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
+# Provider -> its options for shapes, the one to ask for first.
+SHAPES = {TENSORRT: "trt_profile_{}_shapes", TENSORRT_RTX: "nv_profile_{}_shapes"}
 
 
 def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> list[Provider]:
@@ -37,11 +38,7 @@ def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> 
         ArtifactError: the artifact's config cannot be read.
     """
     available = onnxruntime.get_available_providers()
-    makers: dict[str, Callable[[Signature, Profile], dict[str, Any]]] = {
-        TENSORRT: tensorrt_options,
-        TENSORRT_RTX: tensorrt_rtx_options,
-    }
-    name = next((name for name in makers if name in available), None)
+    name = next((name for name in SHAPES if name in available), None)
     if name is None:
         raise InvalidInputError(
             f"providers is 'tensorrt', and this ONNX Runtime has {', '.join(available)}. Install onnxruntime-gpu (pip "
@@ -54,7 +51,7 @@ def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> 
     prefill, decode = decoder_profiles(manifest.signature, context)
     # One profile for both, tuned for decoding.
     both = Profile("both", {**decode.axes, SEQUENCE: Range(1, 1, prefill.axes[SEQUENCE].maximum)})
-    options = makers[name](manifest.signature, both)
+    options = shape_options(name, manifest.signature, both)
     if cache is not None:
         try:
             options |= cache_options(name, cache, manifest.files)
@@ -64,18 +61,9 @@ def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> 
     return [(name, options), *others]
 
 
-def tensorrt_options(signature: Signature, profile: Profile) -> dict[str, Any]:
-    """Shapes as TensorrtExecutionProvider takes them."""
-    return _shapes("trt_profile_{}_shapes", signature, profile)
-
-
-def tensorrt_rtx_options(signature: Signature, profile: Profile) -> dict[str, Any]:
-    """Shapes as NvTensorRTRTXExecutionProvider takes them."""
-    return _shapes("nv_profile_{}_shapes", signature, profile)
-
-
-def _shapes(option: str, signature: Signature, profile: Profile) -> dict[str, Any]:
+def shape_options(provider: str, signature: Signature, profile: Profile) -> dict[str, Any]:
     """ "input_ids:1x1,attention_mask:1x1,..." for the smallest, the tuned and the largest shapes."""
+    option = SHAPES[provider]
     shapes = {spec.name: profile.shapes(spec) for spec in signature.inputs}
     return {
         option.format(size): ",".join(f"{name}:{'x'.join(map(str, of[place]))}" for name, of in shapes.items())

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.export.artifact.manifest import Manifest
-from cdsurgery.export.runtime.providers import TENSORRT, TENSORRT_RTX, tensorrt_options, tensorrt_rtx_options
+from cdsurgery.export.runtime.providers import SHAPES, shape_options
 from cdsurgery.export.signature import SEQUENCE, TensorSpec
 from cdsurgery.export.tensorrt.profiles import Profile, Range, decoder_profiles
 from cdsurgery.export.triton.options import ServingOptions
@@ -78,10 +78,7 @@ def _tensorrt(manifest: Manifest, options: ServingOptions, context: int) -> dict
     _, decode = decoder_profiles(signature, context, batch=options.slots, sequence=1, past=context - 2)
     axes = {**decode.axes, SEQUENCE: Range(1, 1, min(options.chunk, context - 1))}
     both = Profile("both", axes)  # one engine for prompts and steps, tuned for steps
-    return {
-        TENSORRT: tensorrt_options(signature, both),
-        TENSORRT_RTX: tensorrt_rtx_options(signature, both),
-    }
+    return {provider: shape_options(provider, signature, both) for provider in SHAPES}
 
 
 def _given(value: Any, default: float) -> Any:
