@@ -29,11 +29,16 @@ def on_shared_weights(plain: Any) -> Any:
     return copy.deepcopy(plain, dict(shared))
 
 
+def wrapped(plain: Any, lookback: int, way: str) -> Any:
+    """A copy on the same weights, wrapped in one of `WAYS`, its steps as inside of `generate`."""
+    model = cdsurgery.wrap(on_shared_weights(plain), lookback=lookback, **WAYS[way])
+    model._generating = True  # nobody sees the entropies that decide nothing, so "fused" need not make them
+    return model
+
+
 def wrapped_ways(plain: Any, lookback: int) -> dict[str, Any]:
     """The unwrapped model first, then what each of `WAYS` makes of it."""
-    return {"unwrapped": plain} | {
-        way: cdsurgery.wrap(on_shared_weights(plain), lookback=lookback, **options) for way, options in WAYS.items()
-    }
+    return {"unwrapped": plain} | {way: wrapped(plain, lookback, way) for way in WAYS}
 
 
 @torch.no_grad()

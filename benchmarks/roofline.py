@@ -35,18 +35,23 @@ class Roofline:
         """Way -> seconds, on a cache of so many bytes, where `rate` of the rows move, by one layer.
 
         "lazy" projects every row twice and those that moved once more; "full" all candidates in two products, the
-        model's own and ours, whose logits are written and read; "fused" the same without the logits; "one pass" all of
-        them in one.
+        model's own and ours, whose logits are written and read; "one pass" all of them in one product. "fused" takes
+        the cheaper of two ways: all in one product, whose results are written, or two rows for every row in one, and
+        all others of the rows that moved in another.
         """
         unwrapped = self.unwrapped(batch, cache)
         further = (1 - (1 - rate) ** batch) * self.product(max(1, rate * batch))
         logits = 2 * lookback * batch * self.vocabulary * 4 / self.limits.bandwidth
+        body, row = unwrapped - self.product(batch), self.vocabulary * self.element / self.limits.bandwidth
+        moving = max(1, rate * batch)
+        rest = (1 - (1 - rate) ** batch) * (self.product((lookback - 1) * moving) + (lookback - 1) * moving * row)
+        at_once = self.product((lookback + 1) * batch) + lookback * batch * row
         return {
             "unwrapped": unwrapped,
             "lazy": unwrapped + self.product(batch) + further,
             "full": unwrapped + self.product(lookback * batch) + logits,
-            "fused": unwrapped + self.product(lookback * batch),
-            "one pass": unwrapped - self.product(batch) + self.product((lookback + 1) * batch) + logits,
+            "fused": body + min(at_once, self.product(2 * batch) + batch * row + rest),
+            "one pass": body + self.product((lookback + 1) * batch) + logits,
         }
 
     def unwrapped(self, batch: int, cache: int) -> float:

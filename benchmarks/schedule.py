@@ -43,6 +43,15 @@ class Schedule:
         rows = torch.rand(measured.shape, generator=self.generator) < (self.rate if self.calls == 1 else 0.0)
         return torch.where(rows, 0.5, 2.0)
 
+    def depth(self, entropy: Tensor, _allowed: Tensor | None) -> Tensor:
+        """`[B, T, M]` -> `[B, T]`, in place of the depth that a fused scan finds in them.
+
+        It asks once for all rows, and again where some went on: the others have no entropy beyond layer L-1.
+        """
+        if entropy.isnan().any():
+            return (~entropy[..., 2].isnan()).long()
+        return (torch.rand(entropy.shape[:-1], generator=self.generator) < self.rate).long().to(entropy.device)
+
 
 _entropy = MEASURES["entropy"]
 
@@ -50,5 +59,6 @@ _entropy = MEASURES["entropy"]
 @contextmanager
 def scheduled(rate: float) -> Iterator[None]:
     """Let wrapped models select by a `Schedule` instead of by entropy."""
-    with patch.dict(MEASURES, {"entropy": Schedule(rate)}):
+    schedule = Schedule(rate)
+    with patch.dict(MEASURES, {"entropy": schedule}), patch("cdsurgery.one_pass.allowed_depth", schedule.depth):
         yield

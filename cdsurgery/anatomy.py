@@ -93,7 +93,11 @@ def unembedded(
     model: PreTrainedModel, anatomy: Anatomy, state: Tensor, unembed: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """The tail from the unembedding on: what `unembedding_input` returns -> `[B, T, V]`, `unembed` as above."""
-    logits = (unembed or model.get_submodule(anatomy.unembedding))(state)
+    return logits_of_products(model, anatomy, (unembed or model.get_submodule(anatomy.unembedding))(state))
+
+
+def logits_of_products(model: PreTrainedModel, anatomy: Anatomy, logits: Tensor) -> Tensor:
+    """The tail behind the unembedding: what that returns, `[..., V]` -> the same as the model's logits."""
     for step in anatomy.after_unembedding:
         logits = step.apply(logits, step.value(model))
     return logits

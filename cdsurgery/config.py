@@ -27,8 +27,9 @@ class ConfidentConfig:
         seed: for the draws of 0 < probability < 1, in [0, 2**32). None takes one from torch's global generator.
         measure: "entropy", or "log_p_squared" to reproduce the authors' published overlay.
         scan: "full" measures all K+1 candidates of every row; "lazy" no more than the scan reaches, for the same
-            selection, and NaN for the other entropies; "fused" all of them, in one pass over the unembedding that
-            writes no logits of candidates; "auto" is lazy inside of `generate`, where that is cheaper, and full else.
+            selection, and NaN for the other entropies; "auto" is lazy inside of `generate`, where that is cheaper, and
+            full else. "fused" decides as "auto" does, and makes the final logits in the same reading of the unembedding
+            as the first candidates': equal to the model's own but for rounding.
     """
 
     lookback: int | float = DEFAULT_LOOKBACK

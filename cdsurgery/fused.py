@@ -1,12 +1,7 @@
-"""Candidates' states -> their entropies from one pass over the unembedding, and logits of the selected layers only.
-
-`select` measures `[K, B, T, V]` logits, all of which but `[B, T, V]` are thrown away. Here four numbers a row leave the
-pass (`cdsurgery.kernels.unembed_sums`). Static tensor operations, as in `cdsurgery.trough`.
-"""
+"""The end of a model's tail -> what `unembed_sums` takes: the unembedding, a scale, a softcap; or why it is none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -15,12 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cdsurgery.anatomy import Anatomy, joined, unembedded, unembedding_input
-from cdsurgery.entropy import entropy, entropy_of_sums
+from cdsurgery.anatomy import Anatomy
 from cdsurgery.errors import UnsupportedModelError
 from cdsurgery.kernels.unembed_sums import DTYPES, unembed_sums
 from cdsurgery.transforms import TRANSFORMS
-from cdsurgery.trough import allowed_depth, pick
 from cdsurgery.unembedding import linear_flaw
 
 
@@ -34,7 +27,8 @@ class FusedUnembedding:
         scale: what logits are multiplied by.
         softcap: what bounds them then, or None.
         product: dtype of what the linear layer returns: that of its weight, or of an autocast around it.
-        dtype: of the logits.
+        widened: whether logits are float32 from there on.
+        counted: how many entries of the vocabulary have a logit; those behind are padding.
     """
 
     weight: Tensor
@@ -42,24 +36,26 @@ class FusedUnembedding:
     scale: float
     softcap: float | None
     product: torch.dtype
-    dtype: torch.dtype
+    widened: bool
+    counted: int
 
-    def sums(self, rows: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`[R, D]` -> maximum, s and t `[R]`, and the logits, `[R, V]` if they are to be written."""
+    def sums(self, rows: Tensor, written: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`[R, D]` -> maximum, s and t `[R]` of their logits, and the products `[written, V]` of the first ones."""
         state, weight = (tensor.detach().to(self.product) for tensor in (rows, self.weight))
         bias = None if self.bias is None else self.bias.detach().to(self.product)
-        maximum, _, s, t, logits = unembed_sums(state, weight, bias, self.scale, self.softcap, self.dtype, write)
-        return maximum, s, t, logits
+        maximum, _, s, t, products = unembed_sums(
+            state, weight, bias, self.scale, self.softcap, self.widened, self.counted, written
+        )
+        return maximum, s, t, products
 
     def writes(self, rows: int) -> bool:
-        """Whether writing the logits of all R rows costs less than projecting the chosen ones again.
+        """Whether writing the products of R candidates costs less than making those of the chosen ones again.
 
         What is written takes R V numbers, and another pass over the unembedding reads V D. So R < D where both have
-        as many bytes, as in every decode step; then the logits never take more memory than the unembedding does.
-        Computed, and not yet measured on a GPU. Gradients need the pass.
+        as many bytes, as in every decode step; then they never take more memory than the unembedding does. Computed,
+        and not yet measured on a GPU.
         """
-        written, read = rows * self.dtype.itemsize, self.weight.shape[1] * self.weight.dtype.itemsize
-        return written < read and not torch.is_grad_enabled()
+        return rows * self.product.itemsize < self.weight.shape[1] * self.weight.dtype.itemsize
 
 
 def fused_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> FusedUnembedding:
@@ -74,23 +70,22 @@ def fused_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> FusedUnembedd
         raise _unsupported(model, anatomy, flaw)
     weight, bias, device = head.weight, head.bias, head.weight.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    vocabulary, scale, softcap, dtype = weight.shape[0], 1.0, None, product
+    counted, scale, softcap, widened = weight.shape[0], 1.0, None, False
     for row in anatomy.after_unembedding:
         kind, value = _KINDS.get(row.apply), row.value(model)
         if kind == "in float32" and scale == 1 and softcap is None:
-            dtype = torch.float32
+            widened = True
         elif kind not in _LOGITS or not isinstance(value, (int, float)):
             raise _unsupported(model, anatomy, f"its logits go through ({row.name}), whose value is {value!r}")
         elif kind == "unpadded":
-            vocabulary = int(value)
+            counted = int(value)
         elif softcap is not None or (scale != 1 and kind != "softcap"):
             raise _unsupported(model, anatomy, f"({row.name}) comes after another transform of its logits")
         elif kind == "softcap":
             softcap = float(value)
         else:
             scale = 1 / value if kind == "scaling" else float(value)
-    bias = None if bias is None else bias[:vocabulary]
-    return FusedUnembedding(weight[:vocabulary], bias, scale, softcap, product, dtype)
+    return FusedUnembedding(weight, bias, scale, softcap, product, widened, counted)
 
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: a compiled step cannot look for modules
@@ -117,35 +112,3 @@ def _unsupported(model: PreTrainedModel, anatomy: Anatomy, found: str) -> Unsupp
         f"a torch.nn.Linear in {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, then at most a "
         "scale and a softcap. Use scan='full' or 'lazy'."
     )
-
-
-def select_fused(
-    model: PreTrainedModel, anatomy: Anatomy, final: Tensor, states: Sequence[Tensor], allowed: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `select` finds, from the candidates' states instead of their logits.
-
-    Args:
-        final: `[B, T, V]` logits of layer L.
-        states: K of them, index k of layer L-k-1, each as `tail_logits` takes it.
-        allowed: as for `select`.
-
-    Returns:
-        logits `[B, T, V]`, depth `[B, T]` int64 in [0, K], entropy `[B, T, M]` float32.
-
-    Raises:
-        UnsupportedModelError: the model's unembedding has become one that this cannot take.
-    """
-    head, shape = fused_unembedding(model, anatomy), (len(states), *final.shape[:-1])
-    inputs = unembedding_input(model, anatomy, joined(states, anatomy))
-    rows = inputs.flatten(0, -2)
-    write = head.writes(rows.shape[0])
-    maximum, s, t, written = head.sums(rows, write)
-    earlier = entropy_of_sums(maximum, s, t).unflatten(0, shape)
-    measured = torch.cat([entropy(final.detach())[None], earlier.to(final.device)]).movedim(0, -1)
-    depth = allowed_depth(measured, allowed)
-    chosen = (depth - 1).clamp(min=0).to(rows.device)  # among the earlier ones; a row that stays gets what is not used
-    if write:
-        logits = pick(written.unflatten(0, shape), chosen)
-    else:
-        logits = unembedded(model, anatomy, pick(inputs.unflatten(0, shape[:2]), chosen))
-    return torch.where((depth > 0)[..., None], logits.to(final.device), final), depth, measured

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,8 +23,8 @@ from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
-from cdsurgery.fused import select_fused
-from cdsurgery.lazy import ACCELERATOR_ROWS, select_lazily
+from cdsurgery.lazy import looking_pays, select_lazily
+from cdsurgery.one_pass import one_pass
 from cdsurgery.output import ConfidentOutput, confident_output
 from cdsurgery.probe import taken
 from cdsurgery.shard import vocabulary_shard
@@ -81,14 +82,20 @@ class ConfidentHead(nn.Module):
         # A model whose forward does not name it ignores it and returns all rows, as transformers' generate knows.
         keep = inputs.get("logits_to_keep", 0) if "logits_to_keep" in self._argument_names else 0
         allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
+        model = cast(PreTrainedModel, self)
         with self._taps.reading(keep) as states:
-            plain = self._plain_forward(**inputs)
+            fused = self.confident.scan == "fused"
+            with one_pass(model, self.anatomy, states, self._generating) if fused else nullcontext() as passed:
+                plain = self._plain_forward(**inputs)
             # With a boolean `logits_to_keep` the model's logits are `[rows that are true, V]`: the rows of one batch.
             flat = plain.logits.ndim == 2
             final = plain.logits[None] if flat else plain.logits
-            logits, depth, entropy = self._select(
-                final, states, allowed[None] if flat and allowed is not None else allowed
-            )
+            if flat and allowed is not None:
+                allowed = allowed[None]
+            if passed is None:
+                logits, depth, entropy = self._select(final, states, allowed)
+            else:
+                logits, depth, entropy = passed.select(final, allowed)
         if flat:
             logits, depth, entropy = logits.squeeze(0), depth.squeeze(0), entropy.squeeze(0)
         return confident_output(
@@ -103,8 +110,6 @@ class ConfidentHead(nn.Module):
     def _select(self, final: Tensor, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The logits, depth and entropies that `select` returns, from the final logits and the states before."""
         model, anatomy, measure = cast(PreTrainedModel, self), self.anatomy, MEASURES[self.confident.measure]
-        if self.confident.scan == "fused":
-            return select_fused(model, anatomy, final, states, allowed)
         shard = vocabulary_shard(model, anatomy, measure)
         if shard is not None:
             final, measure = shard.part(final), shard.entropy
@@ -128,9 +133,7 @@ class ConfidentHead(nn.Module):
             return False
         if self.confident.scan == "lazy":
             return True
-        if not self._generating or (final.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return False
-        return final.device.type == "cpu" or (len(self._taps.states) + 1) * len(final) > ACCELERATOR_ROWS
+        return self._generating and looking_pays(final.device, (len(self._taps.states) + 1) * len(final))
 
     def _plain_forward(self, **inputs: Any) -> Any:
         return (self._placed_forward or super().forward)(**inputs, **self._as_dict)

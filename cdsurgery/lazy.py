@@ -23,6 +23,21 @@ ACCELERATOR_ROWS = 184
 Project = Callable[[int, Tensor], Tensor]
 
 
+def looking_pays(device: torch.device, rows: int) -> bool:
+    """Whether to look at values, so that less is multiplied, costs less than multiplying everything.
+
+    Args:
+        device: of the unembedding.
+        rows: M x B x T.
+
+    Returns:
+        False where nothing can be looked at: in graphs that are compiled or captured.
+    """
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    return device.type == "cpu" or rows > ACCELERATOR_ROWS
+
+
 def select_lazily(
     final: Tensor, project: Project, lookback: int, measure: Measure, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

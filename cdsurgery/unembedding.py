@@ -28,6 +28,21 @@ from cdsurgery.anatomy import Anatomy
 ONEDNN_ROWS = 4
 
 
+class OpenLinear(nn.Linear):
+    """A linear layer whose product may be made by another.
+
+    Attributes:
+        instead: `[..., D]` -> `[..., V]`, or None where the layer is to make it after all.
+    """
+
+    instead: Callable[[Tensor], Tensor | None] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., V]`."""
+        product = None if self.instead is None else self.instead(input)
+        return super().forward(input) if product is None else product
+
+
 def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[Tensor], Tensor] | None:
     """`[..., D]` -> `[..., V]` as the model's unembedding does it; None where it is to be called itself.
 
@@ -60,7 +75,7 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
 def linear_flaw(head: Any) -> str | None:
     """What keeps a module from being computed as the product of its weight; None for a plain linear layer."""
     weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or type(weight) is not nn.Parameter:
+    if type(head) not in (nn.Linear, OpenLinear) or type(weight) is not nn.Parameter:
         return f"it is a {_name(head)} whose weight is a {_name(weight)}"
     if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
         return "its forward is hooked or replaced, as accelerate does to offload weights"

@@ -10,9 +10,9 @@ from torch import nn
 from cdsurgery.anatomy import Anatomy
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
 from cdsurgery.errors import SurgeryError
-from cdsurgery.fused import fused_unembedding
 from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
 from cdsurgery.loading import load_causal_lm
+from cdsurgery.one_pass import close_, open_
 from cdsurgery.proof import proven_anatomy
 from cdsurgery.taps import Taps
 
@@ -42,9 +42,9 @@ def wrap(
         seed: for 0 < probability < 1; None draws one from torch's global generator.
         measure: "entropy", or "log_p_squared" as in the authors' published overlay.
         scan: "full" for the entropies of all candidates, "lazy" for those alone that decide; "auto" is "full", but
-            inside of `generate` the cheaper of the two. "fused" is "full" without candidates' logits in memory: one
-            pass over the unembedding, on a GPU by a kernel in Triton's language, on a CPU in float32 by oneDNN's
-            products, quicker and not bit for bit the head's own.
+            inside of `generate` the cheaper of the two. "fused" is quicker than both, as it reads the unembedding
+            once for the final layer and the candidates: on a GPU by a kernel in Triton's language, on a CPU in float32
+            by oneDNN. Its final logits are sums in another order than the model's own, equal but for rounding.
         anatomy: where the layers and the tail are, for a model in which they are not found; proven all the same.
 
     Returns:
@@ -66,7 +66,7 @@ def wrap(
         )
     anatomy = proven_anatomy(host, anatomy)
     if config.scan == "fused":
-        fused_unembedding(host, anatomy)
+        open_(host, anatomy)
     depth = len(anatomy.layers)
     config = config.resolve(depth)
     candidates = [host.get_submodule(path) for path in anatomy.layers[depth - 2 :: -1][: int(config.lookback)]]
@@ -85,7 +85,9 @@ def unwrap(model: Model) -> Model:
     host = _adapted_model(model)
     if not isinstance(host, ConfidentHead):
         raise SurgeryError(f"This {type(model).__name__} is not wrapped; only what cdsurgery.wrap returned can be.")
+    anatomy = host.anatomy
     restore_(host)
+    close_(host, anatomy)
     if isinstance(model, ConfidentHead):  # an adapter that was wrapped, and not put around a wrapped model
         model.__class__ = plain_class(type(model))
     return model

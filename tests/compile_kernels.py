@@ -36,9 +36,10 @@ def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, every
     triton.runtime.driver.set_active(driver)
     with patch.object(JITFunction, "run", only_compile):
         state, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(300, width, dtype=dtype)
-        logits = torch.zeros(rows if everything else 0, 300, dtype=dtype)
+        products = torch.zeros(rows if everything else 0, 300, dtype=dtype)
         bias = torch.zeros(300, dtype=dtype) if everything else None
-        launch(state, weight, bias, 0.5 if everything else 1.0, 30.0 if everything else None, logits)
+        scale, softcap = (0.5, 30.0) if everything else (1.0, None)
+        launch(state, weight, bias, scale, softcap, everything, 300, products)
     words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.")
     return [
         {

@@ -15,10 +15,9 @@ from families import tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 import benchmarks.__main__
-import cdsurgery
 from benchmarks import machine
 from benchmarks.machine import Limits
-from benchmarks.models import bytes_of, filled_cache
+from benchmarks.models import bytes_of, filled_cache, wrapped
 from benchmarks.parts import dola, sweep
 from benchmarks.parts.memory import Peak
 from benchmarks.picture import overhead_picture
@@ -65,11 +64,11 @@ def test_a_ratio_counts_the_rare_steps_that_take_longer(monkeypatch: pytest.Monk
     assert (second.middle, second.ratio) == (1.0, pytest.approx(1.4))
 
 
-@pytest.mark.parametrize("scan", ["lazy", "full"])
+@pytest.mark.parametrize("way", ["lazy", "full", "fused"])
 @pytest.mark.parametrize("rate", [0.0, 0.115, 1.0])
 @torch.no_grad()
-def test_rows_move_as_often_as_scheduled_and_by_one_layer(scan: str, rate: float) -> None:
-    model = cdsurgery.wrap(tiny_model("llama"), lookback=3, scan=scan)
+def test_rows_move_as_often_as_scheduled_and_by_one_layer(way: str, rate: float) -> None:
+    model = wrapped(tiny_model("llama"), 3, way)
     with scheduled(rate):
         depths = 6 - torch.cat([model(token_ids(8, 25, seed), logits_to_keep=0).selected_layer for seed in range(5)])
     assert set(depths.flatten().tolist()) <= {0, 1}
@@ -111,10 +110,11 @@ def test_the_roofline_of_a_scan_counts_its_products() -> None:
     steps = reading.steps(batch=2, cache=0, lookback=3, rate=0.5)
     assert steps["lazy"] - steps["unwrapped"] == pytest.approx(head * 1.75)  # one of two rows moves in 3 of 4 steps
     assert steps["one pass"] - steps["unwrapped"] == pytest.approx(2 * 3 * 2 * 32000 * 2)  # logits
+    assert steps["fused"] - steps["unwrapped"] == pytest.approx(3 * 2 * 32000)  # products, in bfloat16
     steps = computing.steps(batch=2, cache=0, lookback=3, rate=0.5)
     assert steps["unwrapped"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()) - 2 * head)
     assert steps["full"] - steps["unwrapped"] == pytest.approx(6 * head)
-    assert steps["fused"] == steps["full"]  # what it does not write costs nothing here
+    assert steps["fused"] - steps["unwrapped"] == pytest.approx((2 + 0.75 * 2) * head)  # in two readings
     assert steps["lazy"] - steps["unwrapped"] == pytest.approx((2 + 0.75) * head)
 
 

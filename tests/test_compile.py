@@ -63,8 +63,9 @@ def test_a_decode_step_compiles_whole_and_selects_as_the_uncompiled_one(family: 
     assert (torch.cat([out.selected_layer for out in eager]) < len(model.anatomy.layers)).any()
 
 
+@pytest.mark.parametrize("scan", ["auto", "fused"])
 @torch.no_grad()
-def test_generate_compiles_its_static_steps_without_a_break_before_and_after_wrapping() -> None:
+def test_generate_compiles_its_static_steps_without_a_break_before_and_after_wrapping(scan: str) -> None:
     model, backend = tiny_model("llama"), Backend()
     # A function, because generate deep-copies its configuration, and would count in a copy.
     config = CompileConfig(backend=lambda *args, **_: backend(*args), fullgraph=True, mode=None)
@@ -74,7 +75,7 @@ def test_generate_compiles_its_static_steps_without_a_break_before_and_after_wra
     plain = model.generate(IDS, **static)
     assert backend.graphs == 1
     # transformers keeps the compiled call on the model; it must not be the plain one's any more.
-    cdsurgery.wrap(model, lookback=LOOKBACK)
+    cdsurgery.wrap(model, lookback=LOOKBACK, scan=scan)
     compiled = model.generate(IDS, **static)
     assert backend.graphs == 2
     assert torch.equal(compiled, model.generate(IDS, **options))

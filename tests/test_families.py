@@ -6,10 +6,11 @@ rows, cached steps, and the plain model back. About half a second each.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import LogitsProcessor
 import cdsurgery
 from cdsurgery import ConfidentOutput, UnsupportedModelError
 from cdsurgery.families import FAMILIES, Family, examine, markdown
+from cdsurgery.one_pass import close_, open_
 from cdsurgery.transforms import TRANSFORMS
 
 LOOKBACK, ROWS, LENGTH, PROMPT = 3, 3, 12, 6
@@ -112,6 +114,22 @@ def agree(run: Case) -> None:
 
 def test_one_forward_says_what_the_plain_model_says_from_each_layer(run: Case) -> None:
     agree(run)
+
+
+@torch.no_grad()
+def test_so_does_one_pass_over_the_unembedding(run: Case) -> None:
+    model = copy.copy(run.model)  # the same modules under other options
+    model.confident = replace(model.confident, scan="fused")
+    open_(model, model.anatomy)
+    out = model(IDS)
+    close_(model, model.anatomy)
+    # Products of another shape: sums of 64 terms in another order.
+    within = 1e-5 * float(run.true.candidates.abs().max())
+    torch.testing.assert_close(out.final_logits, run.true.candidates[0], rtol=0, atol=within)
+    torch.testing.assert_close(out.entropy.double(), run.true.entropy, rtol=1e-4, atol=1e-5)
+    same = out.selected_layer == run.true.layer
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(out.logits[same], run.true.logits[same], rtol=0, atol=within)
 
 
 @pytest.mark.parametrize("family", PROVEN)

@@ -28,29 +28,30 @@ def test_the_cpu_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None
     sums = module.partial_sums
     monkeypatch.setattr(module, "partial_sums", lambda logits: (sizes.append(logits.numel()), sums(logits))[1])
     monkeypatch.setattr(module, "CPU_LOGITS", 1000)
-    unembed_sums(torch.zeros(7, 4), torch.zeros(500, 4), None, 1.0, None, torch.float32, False)
+    unembed_sums(torch.zeros(7, 4), torch.zeros(500, 4), None, 1.0, None, False, 500, 0)
     assert max(sizes) <= 1000
     assert sum(sizes) == 3500
 
 
-@pytest.mark.parametrize("write", [False, True])
-def test_pytorch_takes_it_for_an_operator_like_its_own(write: bool) -> None:
+@pytest.mark.parametrize("written", [0, 1, 3])
+def test_pytorch_takes_it_for_an_operator_like_its_own(written: int) -> None:
     state, weight = exact_inputs(3, 8, 30, torch.bfloat16)
-    torch.library.opcheck(unembed_sums, (state, weight, None, 1.0, None, torch.bfloat16, write))
-    torch.library.opcheck(unembed_sums, (state, weight, weight[:, 0].contiguous(), 0.5, 30.0, torch.float32, write))
+    torch.library.opcheck(unembed_sums, (state, weight, None, 1.0, None, False, 30, written))
+    torch.library.opcheck(unembed_sums, (state, weight, weight[:, 0].contiguous(), 0.5, 30.0, True, 20, written))
 
 
 def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
     class Head(nn.Module):
         def forward(self, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            _, index, s, _, logits = unembed_sums(state * 2, weight, None, 1.0, None, torch.float32, True)
-            return index + 1, logits / (1 + s)[:, None]
+            rows = state.shape[0] - 1
+            _, index, s, _, products = unembed_sums(state * 2, weight, None, 1.0, None, False, 30, rows)
+            return index + 1, products / (1 + s[:rows])[:, None]
 
     state, weight = exact_inputs(5, 8, 30, torch.float32)
-    rows = torch.export.Dim("rows", min=2)
+    rows = torch.export.Dim("rows", min=3)
     graph = torch.export.export(Head(), (state, weight), dynamic_shapes=({0: rows}, None)).module()
     compiled = torch.compile(Head(), backend="aot_eager", fullgraph=True, dynamic=True)
-    for size in (2, 5, 11):
+    for size in (3, 5, 11):
         state, _ = exact_inputs(size, 8, 30, torch.float32, seed=size)
         for function in (graph, compiled):
             for found, true in zip(function(state, weight), Head()(state, weight), strict=True):
@@ -60,7 +61,6 @@ def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
 MISFITS = {
     "width": (torch.zeros(2, 7), torch.zeros(9, 8), None),
     "axes": (torch.zeros(1, 2, 8), torch.zeros(9, 8), None),
-    "no vocabulary": (torch.zeros(2, 8), torch.zeros(0, 8), None),
     "dtypes": (torch.zeros(2, 8).half(), torch.zeros(9, 8), None),
     "float64": (torch.zeros(2, 8).double(), torch.zeros(9, 8).double(), None),
     "bias": (torch.zeros(2, 8), torch.zeros(9, 8), torch.zeros(8)),
@@ -71,7 +71,13 @@ MISFITS = {
 @pytest.mark.parametrize("given", MISFITS.values(), ids=MISFITS.keys())
 def test_tensors_that_do_not_fit_are_refused(given: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"unembed_sums got \[.* It takes a state \[R, D\]"):
-        unembed_sums(*given, 1.0, None, torch.float32, False)
+        unembed_sums(*given, 1.0, None, False, 9, 0)
+
+
+@pytest.mark.parametrize(("counted", "written"), [(0, 0), (10, 0), (9, 3), (9, -1)])
+def test_counts_beyond_the_tensors_are_refused(counted: int, written: int) -> None:
+    with pytest.raises(InvalidInputError, match=rf"counted={counted} and written={written}\. .* 1 to 9 .* 0 to 2 "):
+        unembed_sums(torch.zeros(2, 8), torch.zeros(9, 8), None, 1.0, None, False, counted, written)
 
 
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +86,7 @@ def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "cdsurgery.kernels.launch", raising=False)
     state, weight = exact_inputs(2, 8, 30, torch.float32)
     with pytest.raises(SurgeryError, match=r"pip install triton. Or use scan='full'"):
-        cdsurgery.kernels.unembed_sums._on_gpu(state, weight, None, 1.0, None, torch.float32, False)
+        cdsurgery.kernels.unembed_sums._on_gpu(state, weight, None, 1.0, None, False, 30, 0)
 
 
 @pytest.fixture(scope="module")

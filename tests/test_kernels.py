@@ -12,6 +12,7 @@ from kernel_truth import (
     NAN,
     RELATIVE,
     check,
+    check_written,
     exact_inputs,
     has_gpu,
     kernel,
@@ -21,6 +22,7 @@ from kernel_truth import (
     truth,
     ways,
 )
+from torch import Tensor
 
 from cdsurgery.entropy import entropy_of_sums
 from cdsurgery.kernels.unembed_sums import Sums
@@ -38,13 +40,31 @@ def test_sums_of_awkward_sizes(
 ) -> None:
     state, weight = exact_inputs(rows, width, vocabulary, dtype)
     found = way(state, weight)
-    assert found[-1].shape == (rows, vocabulary)
     entropies = check(found, product(state, weight))
     assert rows == 1 or entropies.min() < 0.1 * entropies.max()
-    dry = way(state, weight, write=False)
-    assert dry[-1].shape == (0, vocabulary)
-    for one, other in zip(found[:4], dry[:4], strict=True):
-        assert torch.equal(one, other)
+    for written in (rows, rows - rows // 3, 0):
+        again = way(state, weight, written=written)
+        assert again[-1].shape == (written, vocabulary)
+        check_written(again, product(state, weight))
+        for one, other in zip(found[:4], again[:4], strict=True):
+            assert torch.equal(one, other)
+
+
+@ways
+@pytest.mark.parametrize("counted", [1, 100, 127, 129, 256, 300])
+def test_padding_of_the_vocabulary_is_written_and_not_measured(way: Callable[..., Sums], counted: int) -> None:
+    state, weight = exact_inputs(3, 16, 300, torch.float32)
+    weight[counted:] *= 16  # it would lead
+    weight[-1:] *= NAN if counted < 300 else 1
+    found = way(state, weight, counted=counted)
+    check_written(found, product(state, weight))
+    check(found, product(state, weight)[:, :counted])
+
+
+def seen(way: Callable[..., Sums], products: Tensor, scale: float, softcap: float | None, widened: bool) -> Tensor:
+    """The logits that are measured: each alone in a vocabulary of one entry is its row's maximum."""
+    maximum, *_ = way(products.reshape(-1, 1), products.new_ones(1, 1), None, scale, softcap, widened)
+    return maximum.view(products.shape)
 
 
 @ways
@@ -52,36 +72,42 @@ def test_sums_of_awkward_sizes(
 def test_what_a_model_does_to_its_logits_is_rounded_where_it_rounds(
     way: Callable[..., Sums], dtype: torch.dtype
 ) -> None:
-    state, weight = exact_inputs(5, 40, 150, dtype)
-    bias = (torch.randint(-8, 9, (150,), generator=torch.Generator().manual_seed(1)) / 4).to(dtype)
+    state, weight = exact_inputs(3, 40, 40, dtype)
+    bias = (torch.randint(-8, 9, (40,), generator=torch.Generator().manual_seed(1)) / 4).to(dtype)
     z = (state.double() @ weight.double().T + bias.double()).float().to(dtype)
+    found = way(state, weight, bias)
+    check_written(found, z)
+    check(found, z)
     # A product with a float32 number and a rounding, as PyTorch does it in half precision.
-    check(way(state, weight, bias), z)
     scaled = (z.float() * torch.tensor(0.7)).to(dtype)
-    check(way(state, weight, bias, 0.7), scaled)
+    found = way(state, weight, bias, 0.7)
+    check_written(found, z)
+    check(found, scaled)
     capped = (torch.tanh((scaled.float() / 8).to(dtype).double()).to(dtype).float() * 8).to(dtype)
-    found = way(state, weight, bias, 0.7, 8.0)
     assert (capped.abs() < 8).float().mean() > 0.2
+    measured = seen(way, z, 0.7, 8.0, False)
     # tanh of float32 is a few units of 6e-8 off, times 8; in half precision that may round to a neighbour, once in
     # thousands.
-    apart = (found[-1].float() - capped.float()).abs()
+    apart = (measured - capped.float()).abs()
     assert apart.max() <= (2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * 8)
-    assert (apart > 2e-6).float().mean() < 0.01
-    check(found, found[-1])
+    assert (apart > 2e-6).float().mean() < 0.02
+    found = way(state, weight, bias, 0.7, 8.0)
+    check_written(found, z)
+    check(found, measured)
     # A model that widens its logits caps them in float32.
-    wide = (torch.tanh(z.double() / 8) * 8).float()
-    found = way(state, weight, bias, 1.0, 8.0, torch.float32)
-    torch.testing.assert_close(found[-1], wide, rtol=0, atol=2e-6)
-    check(found, found[-1])
+    measured = seen(way, z, 0.7, 8.0, True)
+    torch.testing.assert_close(measured, (torch.tanh(0.7 * z.double() / 8) * 8).float(), rtol=0, atol=2e-6)
+    found = way(state, weight, bias, 0.7, 8.0, True)
+    check_written(found, z)
+    check(found, measured)
 
 
 @ways
 def test_a_softcap_keeps_the_digits_of_small_and_of_large_logits(way: Callable[..., Sums]) -> None:
-    rows = torch.stack([torch.logspace(-6, 3, 200), torch.linspace(-6, 6, 200)])
-    *_, written = way(*of_logits(rows), softcap=8.0)
+    rows = torch.stack([torch.logspace(-6, 3, 60), torch.linspace(-6, 6, 60)])
     true = torch.tanh(rows.double() / 8) * 8
     # Some units of 6e-8: of the quotient, of the polynomial or e^2x, and of the product.
-    torch.testing.assert_close(written.double(), true, rtol=5e-7, atol=0)
+    torch.testing.assert_close(seen(way, rows, 1.0, 8.0, False).double(), true, rtol=5e-7, atol=0)
 
 
 @ways
@@ -138,6 +164,7 @@ def test_of_equal_maxima_the_lowest_is_the_one(way: Callable[..., Sums], dtype: 
     rows[2], rows[3], rows[4], rows[5] = -4, -4, -4, -4
     rows[2, [0, 299]], rows[3, [127, 128]], rows[4, [130, 256]], rows[5, [250, 251]] = 9, 9, 9, 9
     found = way(*of_logits(rows))
+    check_written(found, rows)
     check(found, rows)
     assert found[1][1:6].tolist() == [0, 0, 127, 130, 250]
     assert found[2][1].item() == 299
@@ -165,6 +192,7 @@ def test_rows_that_overflow_are_nan_and_leave_their_neighbours_alone(
     rows = product(state, weight)
     assert rows.isinf().sum(-1).tolist() == [0, 300, 0, 1, 0, 101, 0, 299, 0]
     found = way(state, weight)
+    check_written(found, rows)
     entropies = check(found, rows)
     assert entropies.isnan().tolist() == [False, True, False, True, False, False, False, False, True]
     assert entropies[7] == 0
@@ -180,6 +208,7 @@ def test_a_bad_entry_is_seen_wherever_it_stands(way: Callable[..., Sums], place:
     bias = torch.zeros(300)
     bias[place] = bad
     found = way(state, weight, bias)
+    check_written(found, product(state, weight) + bias)
     entropies = check(found, product(state, weight) + bias)
     assert entropies.isnan().all() == (bad != -INF)
 
@@ -199,7 +228,9 @@ def test_every_block_of_rows_meets_every_tile_in_any_order(group: int, monkeypat
     monkeypatch.setattr(launching, "GROUP", group)
     assert launching.block_of_rows(70, torch.float32)[0] == 32  # three blocks of rows, the last one alone in its group
     state, weight = exact_inputs(70, 16, 200, torch.float32)
-    check(kernel(state, weight), product(state, weight))
+    found = kernel(state, weight, written=40)
+    check_written(found, product(state, weight))
+    check(found, product(state, weight))
 
 
 @pytest.mark.skipif(has_gpu, reason="kernels are compiled here")

@@ -28,15 +28,15 @@ def unembeddings(setting: Setting, _limits: Limits) -> Table:
     weight *= 4 / config.hidden_size**0.5
     state = torch.randn(setting.lookback * setting.batch, config.hidden_size, dtype=dtype, device=device)
 
-    def fused(write: bool) -> Tensor:
-        maximum, _, s, t, _ = unembed_sums(state, weight, None, 1.0, None, dtype, write)
+    def fused(written: int) -> Tensor:
+        maximum, _, s, t, _ = unembed_sums(state, weight, None, 1.0, None, False, len(weight), written)
         return entropy_of_sums(maximum, s, t)
 
     ways = {
         "one row's logits": lambda: linear(state[: setting.batch], weight),
         "read W": weight.sum,
         "logits, then entropy": lambda: entropy(linear(state, weight)),
-        "fused": lambda: fused(write=False),
-        "fused, logits written": lambda: fused(write=True),
+        "fused": lambda: fused(0),
+        "fused, logits written": lambda: fused(len(state)),
     }
     return compared(interleaved(ways, setting.rounds))

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import cdsurgery
 from benchmarks.machine import Limits
-from benchmarks.models import WAYS, bytes_of, decode_step, filled_cache, on_shared_weights
+from benchmarks.models import bytes_of, decode_step, filled_cache, on_shared_weights, wrapped
 from benchmarks.picture import overhead_picture
 from benchmarks.report import Cell, Table
 from benchmarks.roofline import Roofline
@@ -40,12 +39,12 @@ def sweep(setting: Setting, limits: Limits) -> Table:
     unwrapped = {size: with_vocabulary(plain, size) for size in axes["V"]}
 
     @functools.cache
-    def wrapped(k: int, size: int, way: str) -> Any:
-        return cdsurgery.wrap(on_shared_weights(unwrapped[size]), lookback=k, **WAYS[way])
+    def model_of(k: int, size: int, way: str) -> Any:
+        return wrapped(unwrapped[size], k, way)
 
     ways: dict[tuple[Point, str], Callable[[], object]] = {}
     for batch, k, size in (point for points in axes.values() for point in points.values()):
-        models = {"unwrapped": unwrapped[size]} | {way: wrapped(k, size, way) for way in SCANS}
+        models = {"unwrapped": unwrapped[size]} | {way: model_of(k, size, way) for way in SCANS}
         for way, model in models.items():
             at = (batch, 0 if way == "unwrapped" else k, size)
             ways[at, way] = decode_step(model, caches[batch], batch)

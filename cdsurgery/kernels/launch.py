@@ -15,12 +15,19 @@ GROUP = 16
 
 
 def launch(
-    state: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, logits: Tensor
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    widened: bool,
+    counted: int,
+    products: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Start both kernels, on tensors as `unembed_sums` takes them.
 
     Args:
-        logits: `[R, V]` to be filled, or `[0, V]` where they are not wanted; contiguous, in their own dtype.
+        products: `[written, V]` to be filled, contiguous.
 
     Returns:
         maximum, index, s and t, `[R]`, as of `unembed_sums`.
@@ -40,20 +47,22 @@ def launch(
             state,
             weight,
             bias,
-            logits,
+            products,
             partial[0],
             partial_index,
             partial[1],
             partial[2],
             rows,
+            len(products),
             vocabulary,
+            counted,
             width,
             weight.stride(0),
             scale,
             softcap or 0.0,
             SCALED=scale != 1,
             CAPPED=softcap is not None,
-            WRITES=len(logits) > 0,
+            WIDENED=widened,
             WHOLE=width % WIDTH == 0,
             BLOCK_R=block,
             BLOCK_V=TILE,

@@ -1,10 +1,11 @@
 """Rows times tiles of the unembedding -> maximum, its index, s and t of the logits, in OpenAI's Triton language.
 
-`measure_tiles` makes the logits of a block of rows and a tile of the vocabulary, keeps them in registers, and writes
-four numbers a row and tile; `merge_tiles` makes those of whole rows. W_U is read once for a block of rows, and blocks
-that follow each other read the same tile of it, which is then still in the L2 cache. The order of programs is that of
-Triton's tutorial on matrix products, and merging sums of parts is the online softmax of Milakov and Gimelshein
-(arXiv 1805.02867), here for the form of entropy that `cdsurgery.entropy` explains.
+`measure_tiles` multiplies a block of rows with a tile of the vocabulary, writes the products of the rows that are
+wanted, makes logits of them in registers, and writes four numbers a row and tile; `merge_tiles` makes those of whole
+rows. W_U is read once for a block of rows, and blocks that follow each other read the same tile of it, which is then
+still in the L2 cache. The order of programs is that of Triton's tutorial on matrix products, and merging sums of parts
+is the online softmax of Milakov and Gimelshein (arXiv 1805.02867), here for the form of entropy that
+`cdsurgery.entropy` explains.
 
 Importing this module imports `triton`, which `cdsurgery` alone does not need.
 """
@@ -15,25 +16,27 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "written"])
 def measure_tiles(
     state,  # [rows, width], contiguous
     weight,  # [vocabulary, width], contiguous along the width
     bias,  # [vocabulary], or None
-    logits,  # [rows, vocabulary] where they are written; its dtype is that of the logits all the same
+    products,  # [written, vocabulary]
     maximum,  # [rows, tiles] float32, as are s and t
     index,  # [rows, tiles] int32
     s,
     t,
     rows,
+    written,  # rows whose products are kept: the first ones
     vocabulary,
+    counted,  # entries of the vocabulary that are measured: the first ones
     width,
     weight_stride,
     scale,  # float32, as is softcap
     softcap,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
-    WRITES: tl.constexpr,
+    WIDENED: tl.constexpr,  # whether what a model does to products is done in float32
     WHOLE: tl.constexpr,  # whether BLOCK_D divides the width
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -67,19 +70,19 @@ def measure_tiles(
         x_at += BLOCK_D
         w_at += BLOCK_D
 
-    # What the model does to its logits, rounded where it rounds them.
     if bias is not None:
         z += tl.load(bias + read_column).to(tl.float32)[None, :]
     z = _rounded(z, state.dtype.element_ty)
-    kind: tl.constexpr = logits.dtype.element_ty
+    kept = (row < written)[:, None] & (column < vocabulary)[None, :]
+    tl.store(products + read_row[:, None] * vocabulary + read_column[None, :], z.to(state.dtype.element_ty), mask=kept)
+
+    # What the model does to its logits, rounded where it rounds them.
+    kind: tl.constexpr = tl.float32 if WIDENED else state.dtype.element_ty
     if SCALED:
         z = _rounded(z * scale, kind)
     if CAPPED:
         z = _rounded(_rounded(_tanh(_rounded(z * (1.0 / softcap), kind)), kind) * softcap, kind)
-    inside = (row < rows)[:, None] & (column < vocabulary)[None, :]
-    if WRITES:
-        tl.store(logits + read_row[:, None] * vocabulary + read_column[None, :], z.to(kind), mask=inside)
-    z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
+    z = tl.where((column < counted)[None, :], z, -float("inf"))
 
     top, at = _first_maximum(z, column[None, :])
     u, lost = _subtract(z, top[:, None])

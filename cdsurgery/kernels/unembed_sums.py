@@ -25,8 +25,8 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     "cdsurgery::unembed_sums",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor state, Tensor weight, Tensor? bias, float scale, float? softcap, ScalarType dtype, bool write)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor state, Tensor weight, Tensor? bias, float scale, float? softcap, bool widened, SymInt counted,"
+    " SymInt written) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def unembed_sums(
     state: Tensor,
@@ -34,13 +34,14 @@ def unembed_sums(
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    dtype: torch.dtype,
-    write: bool,
+    widened: bool,
+    counted: int,
+    written: int,
 ) -> Sums:
     """What the entropies of `softcap * tanh(scale * linear(state, weight, bias) / softcap)` are made of.
 
-    Products are added up in float32. What `linear` returns is rounded to the dtype of the weights, and every step after
-    it to `dtype`, as a model does that takes these steps one by one.
+    Products are added up in float32. What `linear` returns is rounded to the dtype of the weights, as is every step
+    after it, as in a model that takes these steps one by one.
 
     Args:
         state: `[R, D]`, float32, float16 or bfloat16.
@@ -48,37 +49,41 @@ def unembed_sums(
         bias: `[V]` of that dtype, contiguous, or None.
         scale: what `linear`'s result is multiplied by.
         softcap: None leaves the logits as they are.
-        dtype: of the logits.
-        write: whether the logits are returned too.
+        widened: whether the steps after `linear` are taken in float32.
+        counted: in [1, V], how many entries of the vocabulary are measured; those behind are padding.
+        written: in [0, R], of how many of the first rows `linear`'s result is returned too.
 
     Returns:
         maximum, index, s and t, `[R]`: float32, int64 (the lowest of equal ones, as `argmax` gives it), float32 and
-        float32, as `partial_sums` defines them; and the logits, `[R, V]` or else `[0, V]`, in `dtype`.
+        float32, as `partial_sums` defines them; and `linear`'s result `[written, V]`.
 
     Raises:
         InvalidInputError: tensors of other shapes, dtypes or strides.
         SurgeryError: they are on a GPU, and Triton is not installed.
     """
-    _check(state, weight, bias, dtype)
-    rows, vocabulary = len(state), len(weight)
-    step = max(1, CPU_LOGITS // max(1, rows))
-    logits = _no_logits(state, weight, dtype, write)
+    _check(state, weight, bias, counted, written)
+    step = max(1, CPU_LOGITS // max(1, len(state)))
+    products = _products(state, weight, written)
     multiply = few_rows_linear if state.dtype == torch.float32 else linear
     parts = []
-    for begin in range(0, vocabulary, step):
+    for begin in range(0, len(weight), step):
         columns = slice(begin, begin + step)
-        z = multiply(state, weight[columns], None if bias is None else bias[columns]).to(dtype)
+        z = multiply(state, weight[columns], None if bias is None else bias[columns])
+        products[:, columns] = z[:written]
+        if begin >= counted:
+            continue
+        z = z[:, : counted - begin]
+        if widened:
+            z = z.float()
         if scale != 1:
             z = z * scale
         if softcap is not None:
             z = torch.tanh(z / softcap) * softcap
-        if write:
-            logits[:, columns] = z
         parts.append((z.float().argmax(dim=-1) + begin, *partial_sums(z)))
     index, maximum, s, t = (torch.stack(pieces) for pieces in zip(*parts, strict=True))
     index = index.gather(0, maximum.argmax(dim=0, keepdim=True)).squeeze(0)
     maximum, s, t = merged_sums(maximum, s, t)
-    return maximum, index, s, t, logits
+    return maximum, index, s, t, products
 
 
 @unembed_sums.register_kernel("cuda")
@@ -88,10 +93,11 @@ def _on_gpu(
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    dtype: torch.dtype,
-    write: bool,
+    widened: bool,
+    counted: int,
+    written: int,
 ) -> Sums:
-    _check(state, weight, bias, dtype)
+    _check(state, weight, bias, counted, written)
     try:
         from cdsurgery.kernels.launch import launch
     except ImportError as error:
@@ -99,8 +105,8 @@ def _on_gpu(
             f"scan='fused' runs a kernel in Triton's language on a GPU, and Triton cannot be imported ({error}). "
             "PyTorch's CUDA builds for Linux bring it; else: pip install triton. Or use scan='full'."
         ) from error
-    logits = _no_logits(state, weight, dtype, write)
-    return *launch(state, weight, bias, scale, softcap, logits), logits
+    products = _products(state, weight, written)
+    return *launch(state, weight, bias, scale, softcap, widened, counted, products), products
 
 
 @unembed_sums.register_fake
@@ -110,27 +116,33 @@ def _shapes(
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    dtype: torch.dtype,
-    write: bool,
+    widened: bool,
+    counted: int,
+    written: int,
 ) -> Sums:
-    _check(state, weight, bias, dtype)
+    _check(state, weight, bias, counted, written)
     maximum, s, t = (state.new_empty(state.shape[0], dtype=torch.float32) for _ in range(3))
     index = state.new_empty(state.shape[0], dtype=torch.int64)
-    return maximum, index, s, t, _no_logits(state, weight, dtype, write)
+    return maximum, index, s, t, _products(state, weight, written)
 
 
-def _no_logits(state: Tensor, weight: Tensor, dtype: torch.dtype, write: bool) -> Tensor:
-    return state.new_empty((state.shape[0] if write else 0, weight.shape[0]), dtype=dtype)
+def _products(state: Tensor, weight: Tensor, written: int) -> Tensor:
+    return state.new_empty((written, weight.shape[0]))
 
 
-def _check(state: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+def _check(state: Tensor, weight: Tensor, bias: Tensor | None, counted: int, written: int) -> None:
     given = [state, weight] if bias is None else [state, weight, bias]
-    fits = state.ndim == weight.ndim == 2 and state.shape[1] == weight.shape[1] and weight.shape[0] > 0
+    fits = state.ndim == weight.ndim == 2 and state.shape[1] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
-    alike = {tensor.dtype for tensor in given} == {weight.dtype} and weight.dtype in DTYPES and dtype in DTYPES
+    alike = {tensor.dtype for tensor in given} == {weight.dtype} and weight.dtype in DTYPES
     if not fits or not alike or any(tensor.stride(-1) != 1 for tensor in given[1:]):
         found = ", ".join(f"{list(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}" for tensor in given)
         raise InvalidInputError(
-            f"unembed_sums got {found}, for logits in {dtype}. It takes a state [R, D], a weight [V, D] and a bias [V] "
-            "or None, of one dtype among float32, float16 and bfloat16; the last axis of weight and bias is contiguous."
+            f"unembed_sums got {found}. It takes a state [R, D], a weight [V, D] and a bias [V] or None, of one dtype "
+            "among float32, float16 and bfloat16; the last axis of weight and bias is contiguous."
+        )
+    if not (1 <= counted <= weight.shape[0] and 0 <= written <= state.shape[0]):
+        raise InvalidInputError(
+            f"unembed_sums got counted={counted} and written={written}. It measures 1 to {weight.shape[0]} entries of "
+            f"this vocabulary, and writes the products of 0 to {state.shape[0]} of these rows."
         )

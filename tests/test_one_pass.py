@@ -1,0 +1,276 @@
+"""The fused scan against the full one: the same selection, from one reading of the unembedding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model, token_ids
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cdsurgery
+import cdsurgery.kernels.unembed_sums
+from cdsurgery import ConfidentOutput, UnsupportedModelError
+from cdsurgery.anatomy import logits_of_products, tail_logits, unembedding_input
+from cdsurgery.entropy import entropy
+from cdsurgery.fused import fused_unembedding
+from cdsurgery.one_pass import OnePass, Tail
+from cdsurgery.unembedding import OpenLinear
+from cdsurgery.zoo import HIDDEN, LAYERS, VOCABULARY
+
+NAN, INF = float("nan"), float("inf")
+LOOKBACK = 4
+IDS = token_ids(3, 9)
+# One of each kind of head. Tied are cohere and granite; gemma3n has its streams before the batch, deepseek_v4 after the
+# positions; mamba and xlstm widen their logits.
+FAMILIES = [
+    ("llama", torch.float32),
+    ("phi", torch.float32),  # bias
+    ("gemma2", torch.float32),  # softcap
+    ("gemma2", torch.bfloat16),
+    ("cohere", torch.float16),  # scale
+    ("granite", torch.float32),  # scale, as a divisor
+    ("falcon_h1", torch.float32),  # multiplier
+    ("inkling_text", torch.float32),  # its vocabulary is padded
+    ("gemma3n_text", torch.float32),
+    ("deepseek_v4", torch.float32),
+    ("mamba", torch.bfloat16),
+    ("xlstm", torch.bfloat16),  # softcap
+]
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no tiny model's logits fit in one: three for the 12 rows of a step, dozens for a prompt."""
+    monkeypatch.setattr(cdsurgery.kernels.unembed_sums, "CPU_LOGITS", 1200)
+
+
+def outputs(family: str, dtype: torch.dtype = torch.float32, **inputs: Any) -> tuple[ConfidentOutput, ConfidentOutput]:
+    """What the fused and the full scan of the same model return."""
+    return tuple(
+        cdsurgery.wrap(tiny_model(family, dtype), lookback=LOOKBACK, scan=scan)(input_ids=IDS, **inputs)
+        for scan in ("fused", "full")
+    )
+
+
+def same_selection(fused: ConfidentOutput, full: ConfidentOutput) -> None:
+    """Products of another shape are sums in another order, which may differ in the last digits of their dtype."""
+    tolerance = 1e-5 if full.logits.dtype == torch.float32 else torch.finfo(full.logits.dtype).eps
+    within = tolerance * float(full.final_logits.abs().max())
+    assert fused.logits.dtype == fused.final_logits.dtype == full.logits.dtype
+    torch.testing.assert_close(fused.final_logits, full.final_logits, rtol=0, atol=within)
+    stays = fused.selected_layer == LAYERS
+    assert torch.equal(fused.logits[stays], fused.final_logits[stays])
+    # A step's own product may be rounded otherwise in half precision, so each is held to the logits that it returns.
+    for out in (fused, full):
+        torch.testing.assert_close(out.entropy[..., 0], entropy(out.final_logits), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused.entropy[..., 1:], full.entropy[..., 1:], rtol=1e-5, atol=1e-6)
+    apart = (fused.entropy - full.entropy).abs().amax(-1, keepdim=True)
+    clear = (full.entropy.diff(dim=-1).abs() > 2e-5 + 2 * apart).all(-1)
+    assert clear.float().mean() > 0.9
+    assert torch.equal(fused.selected_layer[clear], full.selected_layer[clear])
+    torch.testing.assert_close(fused.logits[clear], full.logits[clear], rtol=0, atol=within)
+    assert full.selected_layer.max() == LAYERS > full.selected_layer.min()
+
+
+@pytest.mark.parametrize(("family", "dtype"), FAMILIES, ids=str)
+@torch.no_grad()
+def test_a_wrapped_model_selects_in_one_pass_what_it_selects_in_full(family: str, dtype: torch.dtype) -> None:
+    same_selection(*outputs(family, dtype))  # 108 rows of 64 numbers: the chosen ones are projected again
+    if family != "xlstm":  # it returns all rows whatever it is asked for
+        same_selection(*outputs(family, dtype, logits_to_keep=2))  # 24 rows, which are written
+
+
+def states_of_all_layers(model: Any) -> list[Tensor]:
+    """M states of 3 x 9 rows that go back any number of layers, one of them all the way, broken ones among them."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(LOOKBACK + 1, 3, 9, HIDDEN, generator=generator)
+    row = states[:, 2, 2]
+    states[:, 2, 2] = row[entropy(tail_logits(model, model.anatomy, row)).argsort(descending=True)]
+    states[3, 0, 1], states[2, 1, 2, 5], states[2, 2, 3], states[0, 0, 2] = NAN, INF, 0, NAN
+    return list(states)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 9), slice(0, 3)], ids=["projected again", "written"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("may_look", [False, True])
+@pytest.mark.parametrize("lookback", [1, 2, LOOKBACK])
+@torch.no_grad()
+def test_broken_candidates_never_win_and_draws_are_kept(
+    rows: slice, share: float, may_look: bool, lookback: int
+) -> None:
+    model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")
+    final, *earlier = (state[:, rows] for state in states_of_all_layers(model)[: lookback + 1])
+    allowed = (torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < share)[:, rows]
+    allowed[2, 2] = True
+    full = model._select(tail_logits(model, model.anatomy, final), earlier, allowed)
+    assert full[1].max() == lookback and full[1].min() == 0
+    passed = OnePass(Tail(model, model.anatomy, fused_unembedding(model, model.anatomy)), earlier, may_look)
+    product = passed(unembedding_input(model, model.anatomy, final))
+    given = logits_of_products(model, model.anatomy, product)
+    if len(passed._reading.products) < passed._reading.entropy.numel():
+        given = given + 1  # who stays keeps what was given, and not what a second product makes of its state
+    logits, depth, measured = passed.select(given, allowed)
+    assert torch.equal(depth, full[1])
+    true = torch.where((depth > 0)[..., None], full[0], given)
+    torch.testing.assert_close(logits, true, rtol=0, atol=1e-4, equal_nan=True)
+    looked = torch.full_like(measured, True, dtype=torch.bool)
+    if may_look:  # who stays at layer L is not looked at beyond L-1
+        looked[..., 2:] = (depth > 0)[..., None]
+        assert measured[~looked].isnan().all()
+    torch.testing.assert_close(measured[looked], full[2][looked], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert measured[looked].isnan().any()
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["no row", "every row"])
+@torch.no_grad()
+def test_the_second_reading_is_of_the_rows_that_go_on(allowed: bool) -> None:
+    model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")
+    final, *earlier = states_of_all_layers(model)
+    with Largest(model.lm_head.weight) as seen:
+        passed = OnePass(Tail(model, model.anatomy, fused_unembedding(model, model.anatomy)), earlier, True)
+        product = passed(unembedding_input(model, model.anatomy, final))
+        logits = logits_of_products(model, model.anatomy, product)
+        _, depth, _ = passed.select(logits, torch.full((3, 9), allowed))
+    going = int((depth > 0).sum())
+    assert (going > 3) == allowed
+    assert seen.rows == [2 * 27, *([(LOOKBACK - 1) * going] if allowed else [])]
+
+
+@torch.no_grad()
+def test_generate_writes_the_same_text_with_no_more_rows_than_it_needs() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    fused, full = (cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan) for scan in ("fused", "full"))
+    with Largest(fused.lm_head.weight) as seen:
+        text = fused.generate(IDS, **options)
+    assert torch.equal(text, full.generate(IDS, **options))
+    depth = (LAYERS - full(text[:, :-1]).selected_layer)[:, IDS.shape[1] - 1 :]
+    assert sum(seen.rows) == 2 * depth.numel() + (LOOKBACK - 1) * int((depth > 0).sum())
+    assert seen.products == 0
+    assert not fused(IDS, logits_to_keep=1).entropy.isnan().any()  # in a call of one's own
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operation in it returned, and what the given weight was multiplied with."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.numbers, self.products = weight, 0, 0
+        self.rows: list[int] = []  # of each pass
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        of_weight = any(isinstance(one, Tensor) and one.data_ptr() == self.weight.data_ptr() for one in args)
+        if of_weight and "unembed_sums" in str(func):
+            self.rows.append(len(args[0]))
+        self.products += of_weight and str(func) in ("aten.mm.default", "aten.addmm.default")
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        self.numbers = max([self.numbers, *(one.numel() for one in returned if isinstance(one, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize(("keep", "products"), [(0, 1), (1, 0)], ids=["projected again", "written"])
+@torch.no_grad()
+def test_the_unembedding_is_read_once_for_all_layers(keep: int, products: int) -> None:
+    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
+    with Largest(model.lm_head.weight) as seen:
+        out = model(input_ids=IDS, logits_to_keep=keep)
+    assert (seen.rows, seen.products) == ([out.entropy.numel()], products)  # the product is the chosen states'
+    assert seen.numbers <= max(out.logits.numel(), VOCABULARY * HIDDEN)
+    # Who keeps what a step returned does not keep the logits of all candidates.
+    for logits in (out.logits, out.final_logits):
+        assert logits.untyped_storage().nbytes() == logits.nbytes
+
+
+def head_of(model: Any) -> Any:
+    return model.get_output_embeddings()
+
+
+@torch.no_grad()
+def test_the_head_is_a_linear_layer_outside_of_a_forward_and_after_unwrapping() -> None:
+    plain, model = tiny_model("phi"), cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="fused")
+    state = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    model(IDS)
+    assert isinstance(head_of(model), torch.nn.Linear)
+    assert torch.equal(head_of(model)(state), head_of(plain)(state))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    twin = copy.deepcopy(model)
+    twin.lm_head.weight.mul_(2)
+    assert not torch.equal(twin(IDS).final_logits, model(IDS).final_logits)
+    assert torch.equal(twin(IDS).entropy, copy.deepcopy(twin)(IDS).entropy)
+    cdsurgery.unwrap(model)
+    assert type(head_of(model)) is torch.nn.Linear
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_nothing_behind() -> None:
+    model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
+    true = model(IDS)
+    with pytest.raises(AttributeError):
+        model(IDS, attention_mask="none")
+    assert head_of(model).instead is None
+    assert torch.equal(model(IDS).logits, true.logits)
+
+
+@torch.no_grad()
+def test_a_mask_of_wanted_rows_and_a_loss_are_as_in_a_full_scan() -> None:
+    rows = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    fused, full = outputs("llama", logits_to_keep=rows)
+    assert fused.entropy.shape == (int(rows.sum()), LOOKBACK + 1)
+    same_selection(fused, full)
+    fused, full = outputs("granite", labels=IDS)
+    torch.testing.assert_close(fused.loss, full.loss)
+
+
+def test_a_head_that_was_replaced_since_is_told() -> None:
+    model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
+    model.resize_token_embeddings(VOCABULARY + 9, mean_resizing=False)
+    if type(head_of(model)) is OpenLinear:  # transformers may keep the module and change its weight
+        head_of(model).__class__ = torch.nn.Linear
+    with pytest.raises(UnsupportedModelError, match=r"'lm_head' has been replaced since .* Wrap it again"):
+        model(IDS)
+    cdsurgery.unwrap(model)
+    assert cdsurgery.wrap(model, scan="fused", lookback=1)(IDS).logits.shape[-1] == VOCABULARY + 9
+
+
+def test_a_gradient_reaches_the_selected_layers_logits() -> None:
+    gradients = []
+    for scan in ("fused", "full"):
+        model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
+        out = model(input_ids=IDS, labels=IDS)
+        assert not out.entropy.requires_grad
+        out.loss.backward()
+        gradients.append(model.lm_head.weight.grad)
+    # Sums of 27 rows in another order, at gradients of size 1.
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+    assert gradients[0].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("keep", [0, 2], ids=["projected again", "written"])
+@torch.no_grad()
+def test_under_autocast_candidates_have_the_dtype_of_the_model(keep: int) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, full = outputs("llama", logits_to_keep=keep)
+    assert full.logits.dtype == torch.bfloat16
+    same_selection(fused, full)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+@pytest.mark.parametrize(("family", "dtype"), [("gemma2", torch.float32), ("phi", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("keep", [2, 1], ids=["two rows", "one row"])
+@torch.no_grad()
+def test_the_kernel_selects_what_pytorch_does(
+    family: str, dtype: torch.dtype, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    from kernel_truth import kernel
+
+    ran: list[int] = []
+    monkeypatch.setattr(cdsurgery.fused, "unembed_sums", lambda *given: (ran.append(1), kernel(*given))[1])
+    fused, full = outputs(family, dtype, logits_to_keep=keep)
+    assert len(ran) == 1
+    same_selection(fused, full)
