@@ -114,3 +114,10 @@ def test_compiled_kernels_are_kept_without_being_asked_to(monkeypatch: pytest.Mo
     installed(monkeypatch)
     with pytest.raises(InvalidInputError, match="compiles nothing here: no cache"):
         export.load(engine("llama"), cache=tmp_path)
+
+
+def test_verify_runs_what_the_profiles_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)  # an engine of 4 rows and 32 new tokens; verify has texts of 33, and six of them
+    report = export.verify(engine("llama"), wrapped("llama"))
+    assert report.passed, str(report)
+    assert report.texts == 6
