@@ -11,6 +11,8 @@ import torch
 from artifacts import FOLDER, artifact
 
 from cdsurgery import export
+from cdsurgery.export.tensorrt.options import target_names
+from cdsurgery.export.tensorrt.package import import_tensorrt
 
 needs_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX: pip install 'cdsurgery[tensorrt-rtx]'"
@@ -18,6 +20,17 @@ needs_rtx = pytest.mark.skipif(
 RTX = "tensorrt_rtx"
 # One architecture is built faster than all of them; where there is a GPU, TensorRT-RTX builds for what it knows.
 TARGETS = () if torch.cuda.is_available() else ("SM89",)
+
+
+def runs_here() -> bool:
+    """Whether there is a GPU, and one that TensorRT-RTX knows: it has no SM90, as an H100 is."""
+    if not torch.cuda.is_available() or find_spec(RTX) is None:
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    return f"SM{major}{minor}" in target_names(import_tensorrt(RTX))
+
+
+needs_gpu = pytest.mark.skipif(not runs_here(), reason="needs a GPU that TensorRT-RTX knows, and a PyTorch with CUDA")
 
 
 def engine(family: str, **options: Any) -> Path:

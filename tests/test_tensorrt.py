@@ -165,6 +165,20 @@ def test_a_graph_that_tensorrt_cannot_read_is_quoted_by_its_node(tmp_path: Path)
     assert not (tmp_path / "engine").exists()
 
 
+@needs_rtx
+def test_a_builder_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = import_tensorrt(RTX)
+
+    def nothing(log: Any) -> Any:
+        log.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", nothing)
+    with pytest.raises(ArtifactError, match=r"cannot start a builder for (.|\n)*failure with error: 35"):
+        export.to_tensorrt(artifact("llama"), tmp_path / "engine", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
 def test_artifacts_of_other_kinds_are_refused_before_tensorrt_is_asked_for(tmp_path: Path) -> None:
     changed = shutil.copytree(artifact("llama"), tmp_path / "changed")
     with (changed / "model.onnx.data").open("r+b") as file:

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from artifacts import wrapped
-from engines import RTX, TARGETS, needs_rtx
+from engines import RTX, TARGETS, needs_gpu, needs_rtx
 from families import algorithm_1, token_ids
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def test_broken_candidates_never_speak(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a PyTorch with CUDA")
+@needs_gpu
 @needs_rtx
 def test_on_a_gpu_the_head_gives_what_the_model_gives_and_broken_candidates_never_speak(tmp_path: Path) -> None:
     model = wrapped("llama")

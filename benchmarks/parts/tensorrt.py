@@ -5,6 +5,7 @@ Engines are of one new token a row on a cache of `context` tokens, of a wrapped 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -78,6 +79,7 @@ def _engines(setting: Setting, place: Path) -> dict[str, EngineSession]:
     for way in ("unwrapped", "confident"):
         print(f"building {way} ..", file=sys.stderr, flush=True)
         export.to_tensorrt(place / way, place / f"{way}-engine", batch=max(BATCHES), sequence=1, past=setting.context)
+        shutil.rmtree(place / way)  # 16 GB of an 8B model, and as many of its engine
         sessions[way] = EngineSession(place / f"{way}-engine")
     return sessions
 

@@ -3,7 +3,7 @@
 Shapes: for each, a prefill and two continuations of its cache, unpadded, left-padded and right-padded. Final logits and
 entropies are compared on every row. Where two entropies on the scanned path lie closer than the two runtimes agree
 there, either layer is right; such rows are left out of the comparison of layers and selected logits, and their share is
-shown.
+shown. Of an engine the shapes are those that its profiles take.
 Tokens: greedy texts from both; where they part, the margin of the choice is shown, and must be within the tolerance.
 Noise: where a difference is above the tolerance, the model is run in a wider dtype too, to see how far PyTorch itself
 is from that. Some models amplify rounding, and no second runtime can be closer to them than they are to themselves.
@@ -29,7 +29,8 @@ from cdsurgery.export.parity.dequantization import borrowed_weights
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
 from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale, scan_margin
 from cdsurgery.export.parity.routing import RoutingMargins
-from cdsurgery.export.runtime.runner import OnnxRunner, Runner, load
+from cdsurgery.export.runtime.runner import EngineRunner, OnnxRunner, Runner, load
+from cdsurgery.export.signature import BATCH, PAST, SEQUENCE
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 
@@ -53,34 +54,43 @@ def verify(
     Args:
         artifact: its folder or that of an engine, or an opened one.
         model: wrapped with the options that the artifact was made with.
-        prompts: token ids to decode greedily from; None takes a few random ones.
+        prompts: token ids to decode greedily from; None takes a few random ones, as long as an engine takes them.
         new_tokens: to decode for each prompt.
 
     A quantised artifact is compared with the model under the artifact's own weights, which must be roundings of the
     model's.
 
     Raises:
-        InvalidInputError: the model is not wrapped, or with other options.
+        InvalidInputError: the model is not wrapped, or with other options, or an engine takes none of the shapes.
         ArtifactError: the artifact cannot be opened, or its quantised weights are not those of the model.
     """
     runner = artifact if isinstance(artifact, Runner) else load(artifact)
     _check_options(runner, model)
+    shapes = [shape for shape in SHAPES if _takes_all(runner, shape[0], shape[1:])]
+    if not shapes:
+        raise InvalidInputError(
+            f"The profiles of the engine in {runner.folder} take no text of one token and two more, which is the least "
+            "that is compared. Build it for 1 row, 1 new token and 0 to 2 tokens in the cache, and more."
+        )
     truth: Any = computing_model(model, runner.manifest.options)
     borrowing = borrowed_weights(runner.folder, truth) if isinstance(runner, OnnxRunner) else nullcontext(())
     with at_rest(truth), measuring_all(truth), borrowing as borrowed:
         report = _report(runner, truth, borrowed)
-        _compare_rows(report, runner, truth)
+        _compare_rows(report, runner, truth, shapes)
         if runner.manifest.options.positions != "score":
             generator = torch.Generator().manual_seed(0)
             vocabulary = truth.config.get_text_config().vocab_size
             prompts = prompts or [
-                torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (1, 2, 3, 5, 8, 13)
+                torch.randint(vocabulary, (length,), generator=generator).tolist()
+                for length in (1, 2, 3, 5, 8, 13)
+                if _takes_all(runner, 1, [length, *[1] * (new_tokens - 1)])
             ]
-            for first in range(0, len(prompts), TEXTS_AT_ONCE):
-                _compare_texts(report, runner, truth, prompts[first : first + TEXTS_AT_ONCE], new_tokens)
+            rows = max(count for count in range(1, TEXTS_AT_ONCE + 1) if _takes_all(runner, count, [1]) or count == 1)
+            for first in range(0, len(prompts), rows):
+                _compare_texts(report, runner, truth, prompts[first : first + rows], new_tokens)
         if isinstance(report, Report) and not report.close:
             report.noise = Report(report.tolerance, report.depth)
-            _compare_rows(report.noise, truth, _wider(truth))
+            _compare_rows(report.noise, truth, _wider(truth), shapes)
     return report
 
 
@@ -125,10 +135,19 @@ def _check_options(runner: Runner, model: Any) -> None:
             )
 
 
-def _compare_rows(report: AnyReport, found: Any, truth: Any) -> None:
+def _takes_all(runner: Runner, batch: int, chunks: Sequence[int]) -> bool:
+    """Whether a prompt and its continuations fit the profiles; ONNX Runtime has none and takes everything."""
+    if not isinstance(runner, EngineRunner):
+        return True
+    runs = [{BATCH: batch, SEQUENCE: end - start, PAST: start} for start, end in _spans(chunks)]
+    profiles = runner.session.manifest.profiles
+    return all(any(profile.misfit(run) is None for profile in profiles) for run in runs)
+
+
+def _compare_rows(report: AnyReport, found: Any, truth: Any, shapes: Sequence[Sequence[int]]) -> None:
     """All shapes and paddings, in an artifact or a model and in the model that is the truth for it."""
     generator = torch.Generator().manual_seed(0)
-    for shape in SHAPES:
+    for shape in shapes:
         for padding in PADDINGS:
             _compare_shape(report, found, truth, shape, padding, generator)
 

@@ -46,8 +46,8 @@ def check_version(manifest: EngineManifest, version: str) -> None:
         )
 
 
-def check_gpu(manifest: EngineManifest) -> None:
-    """Refuse a machine without a GPU, or with another one than the engine is for.
+def checked_gpu(manifest: EngineManifest) -> torch.device:
+    """torch's current CUDA device; refuse a machine without a GPU, or with another one than the engine is for.
 
     Raises:
         InvalidInputError: torch sees no GPU.
@@ -70,6 +70,7 @@ def check_gpu(manifest: EngineManifest) -> None:
             f"The engine was tuned for a {manifest.gpu}, and this GPU is a {found}. Build it here, or with "
             "hardware_compatible=True for every GPU from Ampere on."
         )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -66,9 +66,10 @@ def build(
     """
     start = time.perf_counter()
     log = make_log(trt)
-    builder = trt.Builder(log)
-    if builder is None:
-        raise ArtifactError(_failure(trt, "cannot start its builder", graph, log.errors))
+    try:
+        builder = trt.Builder(log)
+    except TypeError as error:  # what its binding makes of a null pointer, a machine without a driver for one
+        raise ArtifactError(_failure(trt, "cannot start a builder for", graph, log.errors)) from error
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, graph, log)
     config = builder.create_builder_config()

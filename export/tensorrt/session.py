@@ -8,7 +8,9 @@ https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/advanced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from torch import Tensor
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.runtime.lengths import axis_lengths, shape_of
 from cdsurgery.export.signature import torch_dtype
-from cdsurgery.export.tensorrt.admission import check_gpu, check_version, read_plan
+from cdsurgery.export.tensorrt.admission import check_version, checked_gpu, read_plan
 from cdsurgery.export.tensorrt.log import make_log
 from cdsurgery.export.tensorrt.manifest import ENGINE_FILE, read_engine_manifest
 from cdsurgery.export.tensorrt.package import builds_ahead_of_time, import_tensorrt
 from cdsurgery.export.tensorrt.profiles import fitting_profile
 from cdsurgery.export.tensorrt.steps import DecodeSteps
+
+# Of the memory that a tensor on the GPU lies in; another address is an error. NvInferRuntime.h, setTensorAddress.
+ALIGNMENT = 256  # bytes
 
 
 class EngineSession:
@@ -53,23 +58,35 @@ class EngineSession:
         plan = read_plan(folder, self.manifest)
         self._trt = import_tensorrt(self.manifest.package)
         check_version(self.manifest, self._trt.__version__)
-        check_gpu(self.manifest)
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = checked_gpu(self.manifest)
+        decode = next((one for one in self.manifest.profiles if one.name == "decode"), None)
+        if cuda_graphs and decode is None:
+            raise InvalidInputError(f"{folder} has no decode profile, so there is nothing to replay as CUDA graphs.")
+        compiles = builds_ahead_of_time(self._trt)
+        if cache is not None and not compiles:
+            raise InvalidInputError(f"{folder} is an engine of TensorRT, which compiles nothing here: no cache.")
         self._log = make_log(self._trt)
-        self._runtime = self._trt.Runtime(self._log)  # engine_host_code_allowed is False and stays so
+        try:
+            self._runtime = self._trt.Runtime(self._log)  # engine_host_code_allowed is False and stays so
+        except TypeError as error:  # what its binding makes of a null pointer, an old driver for one
+            raise ArtifactError(f"{self.manifest.package} cannot start its runtime. {self._said()}") from error
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise ArtifactError(f"{self.manifest.package} cannot open {folder / ENGINE_FILE}. {self._said()}")
         self._stream = torch.cuda.Stream(self.device)
         self._stand_in = torch.empty(64, dtype=torch.int64, device=self.device)
-        self._compiled = self._configured(folder, cache, cuda_graphs)
+        self._kernels: Any = None
+        self._configs: list[Any] = []  # of TensorRT-RTX, as long as what was made with them
+        if compiles:
+            self._open_kernels(cache)
+        else:  # runs follow each other on one stream, so that all contexts compute in the same memory
+            size = self._engine.device_memory_size_v2
+            self._memory = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
+        self._replays = decode if cuda_graphs else None
         self._contexts = [self._context(index) for index in range(len(self.manifest.profiles))]
-        decode = next((one for one in self.manifest.profiles if one.name == "decode"), None)
-        if cuda_graphs and decode is None:
-            raise InvalidInputError(f"{folder} has no decode profile, so there is nothing to replay as CUDA graphs.")
-        captures = not builds_ahead_of_time(self._trt)  # TensorRT-RTX captures by itself
-        steps = DecodeSteps(self.signature, decode, self.device, captures) if cuda_graphs and decode else None
-        self._steps = steps
+        self._steps = None
+        if self._replays is not None:  # TensorRT-RTX captures by itself
+            self._steps = DecodeSteps(self.signature, self._replays, self.device, captures=not compiles)
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the engine once.
@@ -82,73 +99,104 @@ class EngineSession:
             step lies in memory that the run after the next one overwrites.
 
         Raises:
-            InvalidInputError: an input does not fit the signature, or no profile of the engine takes its shape.
+            InvalidInputError: an input does not fit the signature, no profile of the engine takes its shape, or the
+                cache has been overwritten.
             ArtifactError: TensorRT refuses to run.
         """
         lengths = axis_lengths(self.signature, feed)
         index = fitting_profile(self.manifest.profiles, lengths)
-        if self._steps is not None and self.manifest.profiles[index].name == "decode":
-            return self._steps.run(feed, lengths, self._stream, lambda *sides: self._enqueue(index, *sides))
-        inputs = {name: tensor.to(self._place(name)).contiguous() for name, tensor in feed.items()}
+        if self._steps is not None:
+            self._steps.check(feed)
+            if self.manifest.profiles[index].name == "decode":
+                return self._steps.run(feed, lengths, self._stream, lambda *sides: self._ready_step(index, *sides))
+        inputs = {name: _bindable(tensor.to(self._place(name))) for name, tensor in feed.items()}
         outputs = {
             spec.name: torch.empty(shape_of(spec.axes, lengths), dtype=torch_dtype(spec), device=self._place(spec.name))
             for spec in self.signature.outputs
         }
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        self._enqueue(index, inputs, outputs)
+        self._ready(self._contexts[index], inputs, outputs)()
         current.wait_stream(self._stream)
         return outputs
 
-    def _enqueue(self, index: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Hand a run to the GPU, on the session's stream."""
-        context = self._contexts[index]
+    def _ready(self, context: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Give a context its shapes and addresses; what is returned hands the run to the session's stream."""
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise ArtifactError(f"The engine refuses {name} of shape {list(tensor.shape)}. {self._said()}")
         for name, tensor in {**inputs, **outputs}.items():
             # An empty tensor has no address, and TensorRT takes none for missing.
             memory = tensor if tensor.numel() else self._stand_in
-            context.set_tensor_address(name, memory.data_ptr())
-        if not context.execute_async_v3(self._stream.cuda_stream):
-            raise ArtifactError(f"The engine did not run. {self._said()}")
+            if not context.set_tensor_address(name, memory.data_ptr()):
+                raise ArtifactError(f"The engine refuses the memory of {name}. {self._said()}")
+
+        def execute() -> None:
+            if not context.execute_async_v3(self._stream.cuda_stream):
+                raise ArtifactError(f"The engine did not run. {self._said()}")
+
+        return execute
+
+    def _ready_step(
+        self, index: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Callable[[], None]:
+        """The same for a decode step. A captured one has its context to itself.
+
+        Changing the shapes of a context breaks the graphs that were captured from it.
+        https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/optimization.html, "Limitations of CUDA Graphs"
+        """
+        context = self._contexts[index] if builds_ahead_of_time(self._trt) else self._context(index)
+        return self._ready(context, inputs, outputs)
 
     def _place(self, name: str) -> torch.device:
         """What TensorRT computes shapes from it reads on the host."""
         host = self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST
         return torch.device("cpu") if host else self.device
 
-    def _configured(self, folder: Path, cache: Path | None, cuda_graphs: bool) -> Any:
-        """How TensorRT-RTX is to run the engine: kernels compiled before, and CUDA graphs; None for TensorRT."""
-        if not builds_ahead_of_time(self._trt):
-            if cache is not None:
-                raise InvalidInputError(f"{folder} is an engine of TensorRT, which compiles nothing here: no cache.")
-            return None
-        config = self._engine.create_runtime_config()
-        if cuda_graphs:
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._cache_file = None
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            self._cache_file = cache / f"{self.manifest.engine['sha256'][:16]}.runtime"
-            self._runtime_cache = config.create_runtime_cache()
-            if self._cache_file.is_file():
-                self._runtime_cache.deserialize(self._cache_file.read_bytes())
-            config.set_runtime_cache(self._runtime_cache)
-        return config
-
-    def keep_compiled(self) -> None:
-        """Write the kernels that TensorRT-RTX has compiled so far into the cache folder, if there is one."""
-        if self._compiled is not None and self._cache_file is not None:
-            self._cache_file.write_bytes(self._runtime_cache.serialize())
+    def _open_kernels(self, cache: Path | None) -> None:
+        """Kernels that TensorRT-RTX compiled before, and the file where those of this session will be kept."""
+        if cache is None:
+            return
+        cache.mkdir(parents=True, exist_ok=True)
+        file = cache / f"{self.manifest.engine['sha256'][:16]}.runtime"
+        self._configs.append(self._engine.create_runtime_config())
+        self._kernels = self._configs[0].create_runtime_cache()
+        if file.is_file():  # what another GPU or TensorRT made is not taken, and replaced
+            self._kernels.deserialize(file.read_bytes())
+        # When the session is no longer used, or the process ends.
+        weakref.finalize(self, _keep, self._kernels, file)
 
     def _context(self, index: int) -> Any:
-        arguments = [] if self._compiled is None else [self._compiled]
-        context = self._engine.create_execution_context(*arguments)
+        """A context for a profile."""
+        if builds_ahead_of_time(self._trt):
+            config = self._engine.create_runtime_config()
+            self._configs.append(config)
+            if self.manifest.profiles[index] is self._replays:
+                config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if self._kernels is not None:
+                config.set_runtime_cache(self._kernels)
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(index, self._stream.cuda_stream):
             raise ArtifactError(f"The engine cannot be made ready to run. {self._said()}")
+        if not builds_ahead_of_time(self._trt):
+            context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         return context
 
     def _said(self) -> str:
         said = "\n".join(f"  {message.strip()}" for message in self._log.errors) or "  nothing"
         return f"TensorRT said:\n{said}"
+
+
+def _bindable(tensor: Tensor) -> Tensor:
+    """The tensor in memory as TensorRT takes it: a part of a larger one may begin anywhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _keep(kernels: Any, file: Path) -> None:
+    """Write what TensorRT-RTX has compiled, whole or not at all."""
+    aside = file.with_suffix(f".{os.getpid()}")
+    aside.write_bytes(kernels.serialize())
+    aside.replace(file)

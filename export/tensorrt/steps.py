@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cdsurgery.errors import InvalidInputError
+from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.runtime.lengths import shape_of
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, TensorSpec, torch_dtype
 from cdsurgery.export.tensorrt.profiles import Profile
 
-Enqueue = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
+Ready = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Callable[[], None]]
 
 GRAPHS = 4096  # captured graphs at most; a new one takes the place of the oldest
 
@@ -36,34 +37,41 @@ class PingPong:
     def __init__(self, signature: Signature, lengths: Mapping[str, int], device: torch.device) -> None:
         self._signature = signature
         self._sides = [Arena(signature.present, lengths, device) for _ in range(2)]
-        self._latest: tuple[int, int] | None = None  # batch and tokens of what was written last
+        self._latest: dict[str, Tensor] = {}  # what was written last, by the name of the input that reads it
 
-    def read(self, feed: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
-        """The past tensors of a step at their fixed addresses, copied there unless they are there already.
+    def check(self, feed: Mapping[str, Tensor]) -> None:
+        """Refuse a cache that lies in these memories and is not what was written last.
+
+        Another text of the same batch and length has the same addresses, so the tensors themselves are compared.
 
         Raises:
             InvalidInputError: they are of an earlier step, whose memory has been overwritten.
         """
+        for spec in self._signature.past:
+            given = feed[spec.name]
+            ours = given.numel() and any(side.holds(given) for side in self._sides)
+            if ours and given is not self._latest.get(spec.name):
+                raise InvalidInputError(
+                    "past_key_values are of an earlier step, and with cuda_graphs=True a later run has overwritten "
+                    "them. Continue from the last one, or load the engine without cuda_graphs."
+                )
+
+    def read(self, feed: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+        """The past tensors of a step, checked, at their fixed addresses: copied there unless they are there already."""
         side = self._sides[lengths[PAST] % 2]
         views = {}
         for spec, wanted in zip(self._signature.past, self._signature.present, strict=True):
-            given, view = feed[spec.name], side.view(wanted.name, shape_of(spec.axes, lengths))
-            if given.numel() and any(one.holds(given) for one in self._sides):
-                if self._latest != (lengths[BATCH], lengths[PAST]) or given.data_ptr() != view.data_ptr():
-                    raise InvalidInputError(
-                        "past_key_values are of an earlier step, and with cuda_graphs=True a later run has overwritten "
-                        "them. Continue from the last one, or load the engine without cuda_graphs."
-                    )
-            else:
-                view.copy_(given)
-            views[spec.name] = view
+            views[spec.name] = view = side.view(wanted.name, shape_of(spec.axes, lengths))
+            if feed[spec.name] is not self._latest.get(spec.name):
+                view.copy_(feed[spec.name])
         return views
 
     def write(self, lengths: Mapping[str, int]) -> dict[str, Tensor]:
         """The present tensors of the same step, on the other side."""
         side = self._sides[1 - lengths[PAST] % 2]
-        self._latest = (lengths[BATCH], lengths[TOTAL])
-        return {spec.name: side.view(spec.name, shape_of(spec.axes, lengths)) for spec in self._signature.present}
+        pairs = list(zip(self._signature.past, self._signature.present, strict=True))
+        self._latest = {past.name: side.view(spec.name, shape_of(spec.axes, lengths)) for past, spec in pairs}
+        return {spec.name: self._latest[past.name] for past, spec in pairs}
 
 
 class Arena:
@@ -108,15 +116,23 @@ class DecodeSteps:
         self._cache = PingPong(signature, largest, device)
         self._tokens = Arena(signature.tokens, largest, device)
         self._results = Arena(signature.results, largest, device)
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._graphs: dict[tuple[int, int], tuple[Any, Callable[[], None]]] = {}
+
+    def check(self, feed: Mapping[str, Tensor]) -> None:
+        """Refuse a cache that later steps have overwritten; for runs of other profiles, which read it too."""
+        self._cache.check(feed)
 
     def run(
-        self, feed: Mapping[str, Tensor], lengths: Mapping[str, int], stream: torch.cuda.Stream, enqueue: Enqueue
+        self, feed: Mapping[str, Tensor], lengths: Mapping[str, int], stream: torch.cuda.Stream, ready: Ready
     ) -> dict[str, Tensor]:
-        """Run one step on the stream; `enqueue` takes inputs and outputs.
+        """Run one step on the stream; `ready` takes inputs and outputs and returns what hands them to the GPU.
 
         Returns:
             Results of their own, and the cache in memory that the step after the next overwrites.
+
+        Raises:
+            InvalidInputError: the cache has been overwritten.
+            ArtifactError: TensorRT refuses to run, or to be captured.
         """
         inputs, outputs = self.bound(feed, lengths)
         current = torch.cuda.current_stream(self._device)
@@ -124,14 +140,12 @@ class DecodeSteps:
         key = (lengths[BATCH], lengths[PAST])
         with torch.cuda.stream(stream):
             if key in self._graphs:
-                self._graphs[key].replay()
+                self._graphs[key][0].replay()
             else:
-                enqueue(inputs, outputs)
+                execute = ready(inputs, outputs)
+                execute()
                 if self._captures:  # after a plain run, which settles what TensorRT does once for a shape
-                    self._graphs[key] = graph = torch.cuda.CUDAGraph()
-                    graph.capture_begin(capture_error_mode="thread_local")
-                    enqueue(inputs, outputs)
-                    graph.capture_end()
+                    self._graphs[key] = captured(execute), execute  # which holds what the graph works with
                     while len(self._graphs) > GRAPHS:
                         self._graphs.pop(next(iter(self._graphs)))
         current.wait_stream(stream)
@@ -142,6 +156,7 @@ class DecodeSteps:
         self, feed: Mapping[str, Tensor], lengths: Mapping[str, int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Inputs and outputs of a step at their fixed addresses, the inputs filled."""
+        self.check(feed)
         inputs = self._cache.read(feed, lengths)
         for spec in self._signature.tokens:
             inputs[spec.name] = self._tokens.view(spec.name, shape_of(spec.axes, lengths))
@@ -150,3 +165,24 @@ class DecodeSteps:
             spec.name: self._results.view(spec.name, shape_of(spec.axes, lengths)) for spec in self._signature.results
         }
         return inputs, results | self._cache.write(lengths)
+
+
+def captured(execute: Callable[[], None]) -> Any:
+    """What `execute` puts on the current stream, as a CUDA graph.
+
+    Raises:
+        ArtifactError: it does what a graph cannot hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        execute()
+        graph.capture_end()
+    except (ArtifactError, RuntimeError) as error:
+        with suppress(RuntimeError):  # the stream must not stay in a capture that failed
+            graph.capture_end()
+        raise ArtifactError(
+            "A decode step of this engine cannot be captured as a CUDA graph; loops, as of linear attention, cannot. "
+            f"Load it without cuda_graphs. {error}"
+        ) from error
+    return graph

@@ -1,0 +1,123 @@
+"""`EngineSession` on a TensorRT that needs no GPU (`fake_tensorrt`): memory, profiles, captured steps, caches."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import artifact, wrapped
+from engines import engine, needs_rtx
+from fake_tensorrt import FakeTensorRT, Graph, install
+from families import token_ids
+
+from cdsurgery import ArtifactError, InvalidInputError, export
+from cdsurgery.export.tensorrt import steps
+
+pytestmark = needs_rtx
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **options: Any) -> FakeTensorRT:
+    return install(monkeypatch, engine("llama"), artifact("llama"), **options)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("compiles", [False, True], ids=["tensorrt", "tensorrt_rtx"])
+def test_generate_gives_the_tokens_of_pytorch(monkeypatch: pytest.MonkeyPatch, graphs: bool, compiles: bool) -> None:
+    fake = installed(monkeypatch, compiles=compiles)
+    runner = export.load(engine("llama"), cuda_graphs=graphs)
+    ids = token_ids(2, 5)
+    for options in ({}, {"num_beams": 2}, {"prefill_chunk_size": 2}):
+        for rows in (ids, ids[1:]):  # one row: what is cut out of it is contiguous, and begins anywhere
+            truth = wrapped("llama").generate(rows, max_new_tokens=9, do_sample=False, **options)
+            for _ in range(2):  # captured, then replayed
+                assert torch.equal(runner.generate(rows, max_new_tokens=9, do_sample=False, **options), truth)
+    captures = graphs and not compiles
+    assert (Graph.replays > 0) == captures
+    assert len(fake.contexts) == 2 + (len(runner.session._steps._graphs) if captures else 0)
+
+
+def test_a_graph_takes_the_place_of_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    monkeypatch.setattr(steps, "GRAPHS", 3)
+    runner = export.load(engine("llama"), cuda_graphs=True)
+    truth = wrapped("llama").generate(token_ids(1, 3), max_new_tokens=9, do_sample=False)
+    for _ in range(2):
+        assert torch.equal(runner.generate(token_ids(1, 3), max_new_tokens=9, do_sample=False), truth)
+    assert list(runner.session._steps._graphs) == [(1, 8), (1, 9), (1, 10)]
+
+
+def test_a_cache_that_another_text_has_overwritten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    runner = export.load(engine("llama"), cuda_graphs=True)
+    ids = token_ids(2, 5)
+    first, second = (runner(row[None, :1], past_key_values=runner(row[None]).past_key_values) for row in ids)
+    with pytest.raises(InvalidInputError, match="of an earlier step"):  # of the same batch and the same length
+        runner(ids[:1, :1], past_key_values=first.past_key_values)
+    with pytest.raises(InvalidInputError, match="of an earlier step"):  # two tokens, which no captured step takes
+        runner(ids[:1, :2], past_key_values=first.past_key_values)
+    truth = wrapped("llama")(torch.cat([ids[1:], ids[1:, :1], ids[:1, :2]], dim=1)).logits[:, -1:]
+    found = runner(ids[:1, :2], past_key_values=second.past_key_values).logits
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
+
+
+def test_a_step_that_cannot_be_captured_says_so_and_leaves_no_broken_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = installed(monkeypatch)
+    fake.capturable = False
+    runner = export.load(engine("llama"), cuda_graphs=True)
+    past = runner(token_ids(1, 3)).past_key_values
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"cannot be captured as a CUDA graph.* Load it without cuda_graphs"):
+            runner(token_ids(1, 1), past_key_values=past)
+    assert not fake.capturing
+
+
+def test_what_tensorrt_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = installed(monkeypatch)
+    runner = export.load(engine("llama"))
+    prefill = fake.contexts[0]
+    for name, message in (
+        ("set_input_shape", "refuses input_ids of shape"),
+        ("set_tensor_address", "refuses the memory of input_ids"),
+        ("execute_async_v3", "did not run"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(prefill, name, lambda *_: False, raising=False)
+            with pytest.raises(ArtifactError, match=message):
+                runner(token_ids(1, 3))
+
+
+def test_a_runtime_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = installed(monkeypatch)
+
+    def nothing(log: Any) -> Any:
+        log.log(fake.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(fake, "Runtime", nothing, raising=False)
+    with pytest.raises(ArtifactError, match=r"cannot start its runtime(.|\n)*failure with error: 35"):
+        export.load(engine("llama"))
+
+
+def test_compiled_kernels_are_kept_without_being_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = installed(monkeypatch, compiles=True)
+    for earlier in ([], [b"kernels"]):
+        runner = export.load(engine("llama"), cache=tmp_path / "kept", cuda_graphs=True)
+        assert fake.kernels.found == earlier
+        assert all(context.config.cache is fake.kernels for context in fake.contexts)
+        assert [context.config.cuda_graph_strategy for context in fake.contexts[-2:]] == [0, 1]  # prefill, decode
+        del runner
+        gc.collect()
+        assert [file.read_bytes() for file in (tmp_path / "kept").iterdir()] == [b"kernels"]
+    installed(monkeypatch)
+    with pytest.raises(InvalidInputError, match="compiles nothing here: no cache"):
+        export.load(engine("llama"), cache=tmp_path)
+
+
+def test_verify_runs_what_the_profiles_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)  # an engine of 4 rows and 32 new tokens; verify has texts of 33, and six of them
+    report = export.verify(engine("llama"), wrapped("llama"))
+    assert report.passed, str(report)
+    assert report.texts == 6
