@@ -129,6 +129,8 @@ class FakeTensorRT:
             get_tensor_location=lambda name: 0,
             create_execution_context=self.create_context,
             create_runtime_config=self.create_config,
+            weight_streaming_budget_v2=None,
+            get_weight_streaming_automatic_budget=lambda: 5000,
         )
 
     def Runtime(self, log: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from fake_tensorrt import FakeTensorRT, Graph, install
 from families import token_ids
 
 from cdsurgery import ArtifactError, InvalidInputError, export
-from cdsurgery.export.tensorrt import steps
+from cdsurgery.export.tensorrt import session, steps
+from cdsurgery.export.tensorrt.manifest import read_engine_manifest
 
 pytestmark = needs_rtx
 
@@ -72,6 +74,25 @@ def test_a_step_that_cannot_be_captured_says_so_and_leaves_no_broken_graph(monke
         with pytest.raises(ArtifactError, match=r"cannot be captured as a CUDA graph.* Load it without cuda_graphs"):
             runner(token_ids(1, 1), past_key_values=past)
     assert not fake.capturing
+
+
+@pytest.mark.parametrize("flags", [(), ("WEIGHT_STREAMING",)], ids=str)
+def test_streamed_weights_get_a_budget_before_contexts_are_made(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    fake = installed(monkeypatch)
+    budgets: list[int | None] = []
+    make = fake.engine.create_execution_context
+
+    def noted(config: Any) -> Any:
+        budgets.append(fake.engine.weight_streaming_budget_v2)
+        return make(config)
+
+    monkeypatch.setattr(fake.engine, "create_execution_context", noted)
+    manifest = replace(read_engine_manifest(engine("llama")), flags=flags)
+    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    export.load(engine("llama"))
+    assert budgets == [5000 if flags else None] * 2
 
 
 def test_what_tensorrt_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,8 @@ class EngineSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise ArtifactError(f"{self.manifest.package} cannot open {folder / ENGINE_FILE}. {self._said()}")
+        if "WEIGHT_STREAMING" in self.manifest.flags:  # before any context; by itself TensorRT keeps all on the GPU
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._stream = torch.cuda.Stream(self.device)
         self._stand_in = torch.empty(64, dtype=torch.int64, device=self.device)
         self._kernels: Any = None
