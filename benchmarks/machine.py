@@ -60,7 +60,7 @@ def description(found: Limits, dtype: str) -> dict[str, str]:
     processor = named.partition(":")[2].strip() or platform.processor()
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": f"{processor}, {torch.get_num_threads()} threads",
+        "processor": f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         **({"device": torch.cuda.get_device_name()} if GPU else {}),
         "reads": f"{found.bandwidth / 1e9:.0f} GB/s",
         "multiplies": f"{found.flops / 1e9:.0f} GFLOP/s in {dtype}",

@@ -7,6 +7,9 @@ for a GPU that is not there, given a driver that names one.
 from __future__ import annotations
 
 import json
+import subprocess
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +25,7 @@ run = JITFunction.run
 
 
 def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, everything: bool) -> list[dict[str, Any]]:
-    """What a launch compiles: for each kernel its name, instructions of interest and bytes of shared memory."""
+    """What a launch compiles: for each kernel its name, instructions of interest, and bytes of memory that it takes."""
     kernels: list[Any] = []
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -40,15 +43,26 @@ def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, every
         bias = torch.zeros(300, dtype=dtype) if everything else None
         scale, softcap = (0.5, 30.0) if everything else (1.0, None)
         launch(state, weight, bias, scale, softcap, everything, 300, products)
-    words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.")
+    words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.cg")
     return [
         {
             "name": kernel.metadata.name,
             "shared": kernel.metadata.shared,
+            "stack": stack_bytes(kernel.asm["cubin"]),
             "instructions": [word for word in words if word in kernel.asm["ptx"]],
         }
         for kernel in kernels
     ]
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Of a thread, where registers that are too many go."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(usage.partition("STACK:")[2].split()[0])
 
 
 if __name__ == "__main__":
@@ -56,5 +70,6 @@ if __name__ == "__main__":
         (80, torch.bfloat16, 11, 128, True),
         (90, torch.float16, 200, 128, False),
         (90, torch.float32, 11, 77, True),
+        (80, torch.float32, 22, 128, False),
     )
     print(json.dumps([compiled(*case) for case in cases]))

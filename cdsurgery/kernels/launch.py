@@ -96,8 +96,8 @@ def block_of_rows(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
     byte arrives, 132 multiprocessors). 128 rows take 64 or 96 KB of shared memory, which the 99 KB of a consumer's card
     still hold. Computed, and not yet measured on a GPU.
     """
-    if dtype == torch.float32:  # tiles of twice the bytes, and no tensor cores for exact products
-        return (16, 4, 2) if rows <= 16 else (32, 4, 2)
+    if dtype == torch.float32:  # tiles of twice the bytes, and no tensor cores: on 4 warps registers would not do
+        return (16, 8, 2) if rows <= 16 else (32, 8, 2)
     if rows <= 64:
         return max(16, triton.next_power_of_2(rows)), 4, 4
     return 128, 8, 3
