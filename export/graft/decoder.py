@@ -93,10 +93,7 @@ class ForeignDecoder:
         """
         graph, tokens, tail = self.model.graph, self.contract.tokens, self.tail
         dtype = getattr(torch, manifest.dtype)
-        one_pass = tail.has_dequantized_weights
-        head = GraftedHead(
-            manifest.layers, self.contract.vocabulary, dtype, config, manifest.options.positions, one_pass
-        )
+        head = GraftedHead(manifest.layers, self.contract.vocabulary, dtype, config, manifest.options.positions)
         traced = trace_head(head, tokens, len(tail.entries), self.facts.hidden_size, manifest.opset)
         parts = {f"entries_{i}": value for i, value in enumerate(tail.entries)}
         parts |= {f"states_{i}": value for i, value in enumerate(self.states[: int(manifest.confident.lookback)])}

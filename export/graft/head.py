@@ -38,8 +38,7 @@ class GraftedHead(nn.Module):
     The final state goes through the tail by itself and the K earlier ones together: so the final logits come from the
     same operators on the same rows as before and are the same bit for bit, and the unembedding is read twice, whatever
     K is. One pass over all would read it once, but kernels round one row and several differently: ONNX Runtime's
-    MatMulNBits does. Only a head behind a DequantizeLinear gets one pass: ONNX Runtime fuses the two where a weight is
-    read once, and two passes would be neither fused nor, therefore, the same. Whether one pass is, the proof shows.
+    MatMulNBits does.
 
     Args:
         layers: L.
@@ -47,7 +46,6 @@ class GraftedHead(nn.Module):
         logits_dtype: of the graph's logits.
         config: with `lookback` as an int.
         positions: "last" for each row's last real token, "all" for every new token.
-        one_pass: whether all states go through the tail together.
     """
 
     def __init__(
@@ -57,10 +55,8 @@ class GraftedHead(nn.Module):
         logits_dtype: torch.dtype,
         config: ConfidentConfig,
         positions: Positions,
-        one_pass: bool,
     ) -> None:
         super().__init__()
-        self.one_pass = one_pass
         self.layers, self.vocabulary, self.logits_dtype = layers, vocabulary, logits_dtype
         self.config, self.positions = config, positions
 
@@ -91,10 +87,7 @@ class GraftedHead(nn.Module):
         # To a norm that adds first, a state is itself and 0: x - x is 0 for every finite x. So it is normed by the very
         # operator that norms the final state, and rounded alike.
         summands = [earlier, earlier - earlier][: len(final)]
-        if self.one_pass:
-            projected = self._tail([torch.cat(pair) for pair in zip(final, summands, strict=True)])
-        else:
-            projected = torch.cat([self._tail(final), self._tail(summands)])
+        projected = torch.cat([self._tail(final), self._tail(summands)])
         candidates = projected.view(len(states) + 1, batch, kept, self.vocabulary)
         allowed = None
         if self.config.probability < 1:
@@ -192,7 +185,7 @@ def join_head(
             value.name, value.shape = f"{PREFIX}{value.name}", None
             value.metadata_props.clear()
     holes = [node for node in nodes if node.domain == _DOMAIN]
-    for hole, name in zip(holes, ("final", "earlier"), strict=False):
+    for hole, name in zip(holes, ("final", "earlier"), strict=True):
         rows = [value for value in hole.inputs if value is not None]
         logits = tail.copy_before(hole, rows, flow, f"{PREFIX}{name}/", summed=hole is not holes[0])
         hole.outputs[0].replace_all_uses_with(logits)

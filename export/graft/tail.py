@@ -48,11 +48,6 @@ class Tail:
         """The norm that adds first, if the tail begins with one."""
         return self.nodes[0] if self.nodes[0].op_type in SKIP_NORMS else None
 
-    @property
-    def has_dequantized_weights(self) -> bool:
-        """Whether a constant that the tail reads comes from a DequantizeLinear."""
-        return any(_is_dequantized(value) for node in self.nodes for value in node.inputs)
-
     def copy_before(
         self, place: onnx_ir.Node, rows: Sequence[onnx_ir.Value], flow: Flow, prefix: str, *, summed: bool
     ) -> onnx_ir.Value:
@@ -76,6 +71,7 @@ class Tail:
             inputs = [value if value is None else values.get(value, value) for value in node.inputs]
             if summed and node is self.skip_norm:
                 inputs = inputs[: BIAS[node.op_type]]
+            inputs = [_own_weight(place, value, prefix) if _is_dequantized(value) else value for value in inputs]
             values[node.outputs[0]] = _copy_before(place, node, inputs, prefix)
         return values[self.logits]
 
@@ -105,6 +101,23 @@ def _is_dequantized(value: onnx_ir.Value | None) -> bool:
         and node.inputs[0] is not None
         and (node.inputs[0].is_initializer())
     )
+
+
+def _own_weight(place: onnx_ir.Node, value: onnx_ir.Value | None, prefix: str) -> onnx_ir.Value:
+    """A dequantised weight again, from tensors of its own.
+
+    ONNX Runtime fuses a DequantizeLinear and a product only where nothing else reads its weight and scales, and merges
+    two nodes that read the same.
+    """
+    node = None if value is None else value.producer()
+    assert node is not None and place.graph is not None
+    inputs = list(node.inputs)
+    for index, given in enumerate(inputs):
+        if given is not None and given.is_initializer():
+            name, tensor = f"{prefix}{given.name}", given.const_value
+            inputs[index] = own = onnx_ir.Value(name=name, shape=given.shape, type=given.type, const_value=tensor)
+            place.graph.register_initializer(own)
+    return _copy_before(place, node, inputs, prefix)
 
 
 def _copy_before(
