@@ -1,5 +1,6 @@
 # make demo: the small model in this repository decodes a text, in PyTorch and in ONNX Runtime.
-# make test: linters, types and all tests that need no GPU. A Triton server, from PyPI, runs in one of them.
+# make test: linters, types and tests that need no GPU. A Triton server, from PyPI, runs in one of them.
+# make thorough: those on every family that is exported, where make test takes one of a kind; half an hour.
 # make clients: tests of clients that need an older transformers than ours, in an environment of their own.
 # make families: docs/families.md anew, for the transformers that is installed.
 # make tensorrt-families: the table of docs/tensorrt.md anew, with the TensorRT that is installed.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clients lint families tensorrt-families clean
+.PHONY: demo test thorough clients lint families tensorrt-families clean
 
 demo: $(VENV)/ready
 	$(BIN)/cdsurgery demo
@@ -17,6 +18,9 @@ demo: $(VENV)/ready
 # A file is one worker's, since what takes long, exporting a model, is done once a file.
 test: lint .venv-triton/ready
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+thorough: lint .venv-triton/ready
+	$(BIN)/python -m pytest --thorough --numprocesses auto --dist loadfile
 
 clients: $(VENV)/ready .venv-optimum/ready
 	$(BIN)/python -m pytest tests/test_optimum.py

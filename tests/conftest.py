@@ -31,13 +31,19 @@ transformers.logging.set_verbosity_error()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--large", action="store_true", help="run the tests marked large too")
+    parser.addoption("--thorough", action="store_true", help="run the tests marked thorough too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--large"):
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.skip(reason="a model of 2.3 GB; run it with: pytest --large -m large -s"))
+    skipped = {
+        "large": "a model of 2.3 GB; run it with: pytest --large -m large -s",
+        "thorough": "a family like those that ran; make thorough runs it",
+    }
+    for marker, reason in skipped.items():
+        if not config.getoption(f"--{marker}"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,6 +37,11 @@ FAMILIES = (
     "gpt2",
     "opt",
 )
+
+
+def mostly(usual: Sequence[str], every: Sequence[str]) -> list[Any]:
+    """Every family as a parameter of a test, those that are not usual for `pytest --thorough` only."""
+    return [one if one in usual else pytest.param(one, marks=pytest.mark.thorough) for one in every]
 
 
 def token_ids(rows: int, length: int, seed: int = 1) -> Tensor:

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from families import VOCABULARY, tiny_model, token_ids
+from families import VOCABULARY, mostly, tiny_model, token_ids
 from hybrids import HYBRIDS, KERNEL, cache_states, client, hybrid, run
 from torch import Tensor, nn
 from torch.export import Dim
@@ -40,7 +40,8 @@ LENGTHS = (1, 7, 64, 65, 130, 1000)
 PROMPT = 5
 KEY_HEADS, VALUE_HEADS, SIZE = 2, 6, 16  # three heads of values for each of keys: 2 by 2 would hide an exchange
 every_target = pytest.mark.parametrize("target", TARGETS)
-every_family = pytest.mark.parametrize("family", HYBRIDS)
+USUAL = ("qwen3_5_text", "qwen3_next")
+every_family = pytest.mark.parametrize("family", mostly(USUAL, HYBRIDS))
 
 
 # The rule alone.
@@ -154,7 +155,8 @@ def off(found: Any, truth: Tensor, mask: Tensor) -> Tensor:
     return ((torch.as_tensor(found) - truth) / scale).abs().amax(-1)[mask.bool()]
 
 
-@pytest.mark.parametrize(("family", "batch"), [("qwen3_5_text", 1), *((family, 3) for family in HYBRIDS)])
+@pytest.mark.parametrize("batch", [1, 3])
+@every_family
 @every_target
 def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, target: Target, batch: int) -> None:
     graph, (ids, mask) = client(family, target), text(batch)

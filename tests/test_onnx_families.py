@@ -14,7 +14,7 @@ import pytest
 import torch
 from artifacts import LOOKBACK, Client, artifact, padded, wrapped
 from engines import needs_rtx
-from families import algorithm_1, token_ids
+from families import algorithm_1, mostly, token_ids
 from torch import Tensor
 
 from cdsurgery import ArtifactError, export
@@ -27,7 +27,9 @@ ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemm
 # fmt: on
 HYBRIDS = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
 FAMILIES = ATTENTION + HYBRIDS
-every_family = pytest.mark.parametrize("family", FAMILIES)
+USUAL = ["llama", "qwen3_moe", "gpt_oss", "gemma2", "gemma4_text", "phi3", "cohere2", "deepseek_v3", "gpt2"]
+USUAL += ["qwen3_5_text", "qwen3_next"]
+every_family = pytest.mark.parametrize("family", mostly(USUAL, FAMILIES))
 
 # (batch, prompt, chunks that continue the cache): one token and many, past the windows of 4 tokens, batches the sample
 # never had.
@@ -160,7 +162,7 @@ def test_tensorrt_reads_the_graph(family: str) -> None:
     assert names == Client(artifact(family)).outputs
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_5_text"])
+@pytest.mark.parametrize("family", mostly(["llama", "qwen3_5_text"], ["llama", "gemma2", "gpt_oss", "qwen3_5_text"]))
 def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
     """The export itself compares; here both are held against float32 on the same weights."""
     folder = artifact(family, dtype=torch.float16)
