@@ -40,15 +40,14 @@ class Roofline:
         all others of the rows that moved in another.
         """
         unwrapped = self.unwrapped(batch, cache)
-        further = (1 - (1 - rate) ** batch) * self.product(max(1, rate * batch))
+        some, moving = 1 - (1 - rate) ** batch, max(1, rate * batch)  # how often a row moves, and how many do then
         logits = 2 * lookback * batch * self.vocabulary * 4 / self.limits.bandwidth
         body, row = unwrapped - self.product(batch), self.vocabulary * self.element / self.limits.bandwidth
-        moving = max(1, rate * batch)
-        rest = (1 - (1 - rate) ** batch) * (self.product((lookback - 1) * moving) + (lookback - 1) * moving * row)
+        rest = some * (self.product((lookback - 1) * moving) + (lookback - 1) * moving * row)
         at_once = self.product((lookback + 1) * batch) + lookback * batch * row
         return {
             "unwrapped": unwrapped,
-            "lazy": unwrapped + self.product(batch) + further,
+            "lazy": unwrapped + self.product(batch) + some * self.product(moving),
             "full": unwrapped + self.product(lookback * batch) + logits,
             "fused": body + min(at_once, self.product(2 * batch) + batch * row + rest),
             "one pass": body + self.product((lookback + 1) * batch) + logits,

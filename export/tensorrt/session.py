@@ -62,8 +62,8 @@ class EngineSession:
         decode = next((one for one in self.manifest.profiles if one.name == "decode"), None)
         if cuda_graphs and decode is None:
             raise InvalidInputError(f"{folder} has no decode profile, so there is nothing to replay as CUDA graphs.")
-        compiles = builds_ahead_of_time(self._trt)
-        if cache is not None and not compiles:
+        self._compiles = builds_ahead_of_time(self._trt)
+        if cache is not None and not self._compiles:
             raise InvalidInputError(f"{folder} is an engine of TensorRT, which compiles nothing here: no cache.")
         self._log = make_log(self._trt)
         try:
@@ -79,7 +79,7 @@ class EngineSession:
         self._stand_in = torch.empty(64, dtype=torch.int64, device=self.device)
         self._kernels: Any = None
         self._configs: list[Any] = []  # of TensorRT-RTX, as long as what was made with them
-        if compiles:
+        if self._compiles:
             self._open_kernels(cache)
         else:  # runs follow each other on one stream, so that all contexts compute in the same memory
             size = self._engine.device_memory_size_v2
@@ -88,7 +88,7 @@ class EngineSession:
         self._contexts = [self._context(index) for index in range(len(self.manifest.profiles))]
         self._steps = None
         if self._replays is not None:  # TensorRT-RTX captures by itself
-            self._steps = DecodeSteps(self.signature, self._replays, self.device, captures=not compiles)
+            self._steps = DecodeSteps(self.signature, self._replays, self.device, captures=not self._compiles)
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the engine once.
@@ -108,9 +108,9 @@ class EngineSession:
         lengths = axis_lengths(self.signature, feed)
         index = fitting_profile(self.manifest.profiles, lengths)
         if self._steps is not None:
-            self._steps.check(feed)
-            if self.manifest.profiles[index].name == "decode":
+            if self.manifest.profiles[index] is self._replays:
                 return self._steps.run(feed, lengths, self._stream, lambda *sides: self._ready_step(index, *sides))
+            self._steps.check(feed)
         inputs = {name: _bindable(tensor.to(self._place(name))) for name, tensor in feed.items()}
         outputs = {
             spec.name: torch.empty(shape_of(spec.axes, lengths), dtype=torch_dtype(spec), device=self._place(spec.name))
@@ -147,7 +147,7 @@ class EngineSession:
         Changing the shapes of a context breaks the graphs that were captured from it.
         https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/optimization.html, "Limitations of CUDA Graphs"
         """
-        context = self._contexts[index] if builds_ahead_of_time(self._trt) else self._context(index)
+        context = self._contexts[index] if self._compiles else self._context(index)
         return self._ready(context, inputs, outputs)
 
     def _place(self, name: str) -> torch.device:
@@ -170,7 +170,7 @@ class EngineSession:
 
     def _context(self, index: int) -> Any:
         """A context for a profile."""
-        if builds_ahead_of_time(self._trt):
+        if self._compiles:
             config = self._engine.create_runtime_config()
             self._configs.append(config)
             if self.manifest.profiles[index] is self._replays:
@@ -182,7 +182,7 @@ class EngineSession:
             context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(index, self._stream.cuda_stream):
             raise ArtifactError(f"The engine cannot be made ready to run. {self._said()}")
-        if not builds_ahead_of_time(self._trt):
+        if not self._compiles:
             context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         return context
 
