@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+
+import torch
 
 from benchmarks import machine
 from benchmarks.parts import fused, generation, memory, onnx, step, sweep, tensorrt, unembedding, wrapping
-from benchmarks.report import Table, markdown, write
+from benchmarks.report import Table, markdown, stacked, write
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.shapes import SHAPES
 
-PARTS: dict[str, Callable[[Setting, machine.Limits], Table]] = {
+Part = Callable[[Setting, machine.Limits], Table]
+
+PARTS: dict[str, Part] = {
     "step": step.decode_steps,
     "prefill": step.prefills,
     "generation": generation.generations,
@@ -37,7 +41,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default=usual.shape, help="a model's shape (benchmarks/shapes.py)")
     parser.add_argument("--dtype", choices=DTYPES, default=usual.dtype)
     parser.add_argument("--lookback", type=int, default=usual.lookback, metavar="K")
-    parser.add_argument("--batch", type=int, default=usual.batch, help="rows of a step, a prompt, or a product")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[usual.batch],
+        help="rows of a step, a prompt, or a product; with several numbers each in turn",
+    )
     parser.add_argument("--context", type=int, default=usual.context, help="tokens in the cache, or of the prompt")
     parser.add_argument(
         "--rate", type=float, default=usual.rate, help="share of rows that move by a layer (the paper's)"
@@ -55,6 +65,19 @@ def without_place(given: list[str]) -> list[str]:
     return place.parse_known_args(given)[1]
 
 
+def measured(part: Part, setting: Setting, batches: list[int], limits: machine.Limits) -> Table:
+    """What a part finds with each batch; of several, those that a GPU's memory does not hold are said not to fit."""
+    if len(batches) == 1:
+        return part(replace(setting, batch=batches[0]), limits)
+    tables: dict[int, Table | None] = {}
+    for batch in batches:
+        try:
+            tables[batch] = part(replace(setting, batch=batch), limits)
+        except torch.OutOfMemoryError:
+            tables[batch] = None
+    return stacked(tables)
+
+
 def main() -> None:
     """Measure and show."""
     options = arguments()
@@ -62,13 +85,14 @@ def main() -> None:
         sys.exit(f"No such part: {', '.join(unknown)}. There are {', '.join(PARTS)}.")
     if "tensorrt" in options.part and not machine.GPU:
         sys.exit("The speed of an engine is a GPU's, and PyTorch sees none here.")
-    setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
+    given = {field.name: getattr(options, field.name) for field in fields(Setting)}
+    setting = Setting(**given | {"batch": options.batch[0]})
     limits = machine.limits(setting.torch_dtype)
     about = machine.description(limits, setting.dtype)
     about["command"] = shlex.join(["python", "-m", "benchmarks", *without_place(sys.argv[1:])])
     for name in options.part or [name for name in PARTS if name != "tensorrt" or machine.GPU]:
         print(f"measuring {name} ..", file=sys.stderr, flush=True)
-        table = PARTS[name](setting, limits)
+        table = measured(PARTS[name], setting, options.batch, limits)
         print(markdown(name, table, about))
         if options.output is not None:
             write(options.output, name, table, about)

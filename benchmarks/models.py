@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import cdsurgery
+from benchmarks import machine
 from cdsurgery.export.graph.cache import cache_states
 
 # How `wrap` is asked for each way that is compared with the unwrapped model. The last is the authors' published
@@ -43,12 +47,29 @@ def wrapped_ways(plain: Any, lookback: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def filled_cache(model: Any, batch: int, context: int) -> DynamicCache:
-    """What the model keeps of a prompt of `context` tokens, the same in each row."""
+    """What the model keeps of a prompt of `context` tokens, the same in each row, and room for one token more.
+
+    A token's keys and values go to that room and no further, so that every step finds the cache as it was, where it
+    was, and copies nothing of it. A recurrent state goes on from step to step.
+    """
     cache = DynamicCache(config=model.config)
     ids = torch.zeros(1, context, dtype=torch.int64, device=model.device)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.reorder_cache(torch.zeros(batch, dtype=torch.int64, device=model.device))
+    rows = torch.zeros(batch, dtype=torch.int64, device=model.device)
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
+            layer.reorder_cache(rows)
+        else:
+            room = [pad(states, (0, 0, 0, 1)).index_select(0, rows) for states in (layer.keys, layer.values)]
+            layer.keys, layer.values = (states[..., :-1, :] for states in room)
+            layer.update = functools.partial(_into_room, *room)  # type: ignore[method-assign]
     return cache
+
+
+def _into_room(keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """What `DynamicLayer.update` returns, of keys and values whose last place is the token's."""
+    keys[..., -1:, :], values[..., -1:, :] = own_keys, own_values
+    return keys, values
 
 
 def bytes_of(cache: DynamicCache) -> int:
@@ -57,13 +78,11 @@ def bytes_of(cache: DynamicCache) -> int:
 
 
 def decode_step(model: Any, cache: DynamicCache, batch: int) -> Callable[[], object]:
-    """Decode one token in each row on that cache, and take it off again, unless a window or a state forgets for it."""
-    crops = all(type(layer) is DynamicLayer for layer in cache.layers)
+    """One token in each row on that cache; on a GPU captured as a CUDA graph."""
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
 
+    @torch.no_grad()
     def step() -> None:
         model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if crops:
-            cache.crop(-1)
 
-    return step
+    return machine.captured(step)

@@ -49,6 +49,19 @@ def compared(timings: Sequence[Timing], rooflines: Mapping[str, float] | None = 
     return Table(columns, rows)
 
 
+def stacked(tables: Mapping[int, Table | None]) -> Table:
+    """Tables of several batches as one; None says that a batch did not fit into memory."""
+    some = next((table for table in tables.values() if table is not None), Table((), ()))
+    rows: list[tuple[Cell, ...]] = []
+    for batch, table in tables.items():
+        rows += (
+            [(batch, "does not fit", *[None] * (len(some.columns) - 1))]
+            if table is None
+            else [(batch, *row) for row in table.rows]
+        )
+    return Table(("batch", *some.columns), rows, some.notes)
+
+
 def markdown(name: str, table: Table, about: Mapping[str, str]) -> str:
     """One part's figures as a page."""
     lines = [" | ".join(table.columns), " | ".join("---" for _ in table.columns)]

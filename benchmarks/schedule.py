@@ -26,13 +26,13 @@ class Schedule:
 
     def __init__(self, rate: float) -> None:
         self.rate, self.generator = rate, torch.Generator().manual_seed(0)
-        self.calls = 0
+        self.calls, self.reads_again = 0, False
 
     def __call__(self, logits: Tensor) -> Tensor:
         """`[M, B, T, V]` -> `[M, B, T]` in one call, or `[B, T, V]` and then `[R, V]` for each candidate in turn."""
         measured = _entropy(logits)
         if measured.ndim == 3:
-            rows = torch.rand(measured.shape[1:], generator=self.generator) < self.rate
+            rows = self._moving(measured[0])
             scheduled = torch.full_like(measured, 2.0)
             scheduled[0], scheduled[1] = 1.0, torch.where(rows, 0.5, 2.0)
             return scheduled
@@ -40,17 +40,20 @@ class Schedule:
             self.calls = 0
             return torch.full_like(measured, 1.0)
         self.calls += 1
-        rows = torch.rand(measured.shape, generator=self.generator) < (self.rate if self.calls == 1 else 0.0)
-        return torch.where(rows, 0.5, 2.0)
+        return torch.where(self._moving(measured) & (self.calls == 1), 0.5, 2.0)
 
     def depth(self, entropy: Tensor, _allowed: Tensor | None) -> Tensor:
         """`[B, T, M]` -> `[B, T]`, in place of the depth that a fused scan finds in them.
 
-        It asks once for all rows, and again where some went on: the others have no entropy beyond layer L-1.
+        It asks once for all rows, and where that was of layers L and L-1 alone, again for those that went on.
         """
-        if entropy.isnan().any():
-            return (~entropy[..., 2].isnan()).long()
-        return (torch.rand(entropy.shape[:-1], generator=self.generator) < self.rate).long().to(entropy.device)
+        again, self.reads_again = self.reads_again and entropy.shape[-1] > 2, entropy.shape[-1] == 2
+        return torch.ones_like(entropy[..., 0], dtype=torch.int64) if again else self._moving(entropy[..., 0]).long()
+
+    def _moving(self, like: Tensor) -> Tensor:
+        # Of a GPU's own generator each replay of a captured step draws other numbers.
+        generator = self.generator if like.is_cpu else None
+        return torch.rand(like.shape, generator=generator, device=like.device) < self.rate
 
 
 _entropy = MEASURES["entropy"]

@@ -39,12 +39,15 @@ class FusedUnembedding:
     widened: bool
     counted: int
 
-    def sums(self, rows: Tensor, written: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`[R, D]` -> maximum, s and t `[R]` of their logits, and the products `[written, V]` of the first ones."""
+    def sums(self, rows: Tensor, written: int, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`[R, D]` -> maximum, s and t `[R]` of their logits, and the products `[written, V]` of the first ones.
+
+        `active` as of `unembed_sums`: how many of the rows count.
+        """
         state, weight = (tensor.detach().to(self.product) for tensor in (rows, self.weight))
         bias = None if self.bias is None else self.bias.detach().to(self.product)
         maximum, _, s, t, products = unembed_sums(
-            state, weight, bias, self.scale, self.softcap, self.widened, self.counted, written
+            state, weight, bias, self.scale, self.softcap, self.widened, self.counted, written, active
         )
         return maximum, s, t, products
 

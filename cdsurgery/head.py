@@ -23,7 +23,7 @@ from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
-from cdsurgery.lazy import looking_pays, select_lazily
+from cdsurgery.lazy import can_look, fewer_rows_pay, select_lazily
 from cdsurgery.one_pass import one_pass
 from cdsurgery.output import ConfidentOutput, confident_output
 from cdsurgery.probe import taken
@@ -129,11 +129,11 @@ class ConfidentHead(nn.Module):
         return logits if shard is None else shard.whole(logits), depth, entropy
 
     def _is_lazy(self, final: Tensor) -> bool:
-        if torch.compiler.is_compiling() or self.confident.scan == "full":
+        if self.confident.scan == "full" or not can_look(final.device):
             return False
         if self.confident.scan == "lazy":
             return True
-        return self._generating and looking_pays(final.device, (len(self._taps.states) + 1) * len(final))
+        return self._generating and fewer_rows_pay(final.device, (len(self._taps.states) + 1) * len(final))
 
     def _plain_forward(self, **inputs: Any) -> Any:
         return (self._placed_forward or super().forward)(**inputs, **self._as_dict)

@@ -24,18 +24,20 @@ ACCELERATOR_ROWS = 2 * 184
 Project = Callable[[int, Tensor], Tensor]
 
 
-def looking_pays(device: torch.device, rows: int) -> bool:
-    """Whether to look at values, so that less is multiplied, costs less than multiplying everything.
+def can_look(device: torch.device) -> bool:
+    """Whether code may go by values of tensors on that device: not in a graph that is being compiled or captured."""
+    return not torch.compiler.is_compiling() and not (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def fewer_rows_pay(device: torch.device, rows: int) -> bool:
+    """Whether multiplying fewer rows pays for one more reading of the unembedding.
 
     Args:
         device: of the unembedding.
-        rows: M x B x T.
-
-    Returns:
-        False where nothing can be looked at: in graphs that are compiled or captured.
+        rows: M x B x T, all that there are.
     """
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return False
     return device.type == "cpu" or rows > ACCELERATOR_ROWS
 
 

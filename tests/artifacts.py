@@ -1,10 +1,12 @@
-"""Artifacts of tiny models, made once a test run, and a plain ONNX Runtime client that knows nothing of cdsurgery."""
+"""Artifacts, made once a test run for all its workers, and a plain ONNX Runtime client that knows nothing of cdsurgery.
+
+What takes longest in the tests is tracing graphs.
+"""
 
 from __future__ import annotations
 
-import atexit
 import functools
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import onnxruntime
 import torch
 from families import tiny_model
+from filelock import FileLock
 from torch import Tensor
 
 import cdsurgery
@@ -20,7 +23,7 @@ from cdsurgery import ConfidentHead, export
 LOOKBACK = 2  # less than the depth allows, so that a candidate too deep shows
 EXPORTED = ("llama", "qwen3")
 _TIED = {"num_hidden_layers": 4, "tie_word_embeddings": True}  # tied, so that a weight saved twice would show
-_SHORT = {"num_hidden_layers": 3}  # as deep as the scan looks back; what takes longest in a test is tracing layers
+_SHORT = {"num_hidden_layers": 3}  # as deep as the scan looks back
 _HYBRID = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "llama": _TIED,
@@ -33,9 +36,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3_text": _SHORT | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     **{family: _SHORT | _HYBRID for family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
 }
-_TEMPORARY = tempfile.TemporaryDirectory(prefix="artifacts-")
-atexit.register(_TEMPORARY.cleanup)
-FOLDER = Path(_TEMPORARY.name)
+PLACE: list[Path] = []  # conftest.py puts the folder of the run there
+
+
+def shared(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of that name for all workers of the run, which the first one that asks for it makes."""
+    (place,) = PLACE
+    with FileLock(place / f"{name}.lock"):
+        if not (place / name).exists():
+            make(place / name)
+    return place / name
 
 
 @functools.cache
@@ -53,7 +63,7 @@ def artifact(family: str, positions: Any = "last", dtype: torch.dtype = torch.fl
     name = "-".join([family, positions, str(dtype), *(f"{k}-{v}" for k, v in options.items())])
     exporting = {key: options.pop(key) for key in ("target", "upcast") if key in options}
     model = wrapped(family, dtype, **options)
-    return export.to_onnx(model, FOLDER / name, positions=positions, **exporting)
+    return shared(name, lambda folder: export.to_onnx(model, folder, positions=positions, **exporting))
 
 
 class Client:

@@ -42,7 +42,8 @@ def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, every
         products = torch.zeros(rows if everything else 0, 300, dtype=dtype)
         bias = torch.zeros(300, dtype=dtype) if everything else None
         scale, softcap = (0.5, 30.0) if everything else (1.0, None)
-        launch(state, weight, bias, scale, softcap, everything, 300, products)
+        active = torch.tensor(rows) if everything else None
+        launch(state, weight, bias, scale, softcap, everything, 300, active, products)
     words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.cg")
     return [
         {

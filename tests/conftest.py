@@ -17,8 +17,8 @@ import transformers
 # Before anything imports triton, whose own functions are made for its interpreter, or for a GPU, when they are defined.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
+from artifacts import PLACE, shared
 from command_line import save_tiny_model
-from filelock import FileLock
 from transformers import AutoTokenizer
 
 import cdsurgery
@@ -26,6 +26,8 @@ from cdsurgery import export
 from cdsurgery.cli.main import main
 
 torch.set_num_threads(1)
+# It pays where layers are many; here finding out what it may keep takes a fifth of the time of an export.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 transformers.logging.set_verbosity_error()
 
 
@@ -37,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skipped = {
         "large": "a model of 2.3 GB; run it with: pytest --large -m large -s",
-        "thorough": "a family like those that ran; make thorough runs it",
+        "thorough": "like others that ran; make thorough runs it",
     }
     for marker, reason in skipped.items():
         if not config.getoption(f"--{marker}"):
@@ -62,17 +64,19 @@ def shown(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.fixture(scope="session")
-def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of examples/tiny_lm, which takes half a minute to make: once a run, for all its workers."""
+def tiny_lm() -> Path:
+    """The artifact of examples/tiny_lm."""
+    model = Path(__file__).resolve().parents[1] / "examples" / "tiny_lm"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return shared("tiny_lm", lambda folder: export.to_onnx(cdsurgery.wrap(model), folder, tokenizer=tokenizer))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def place_of_artifacts(tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # whose temporary folders lie in one folder of the run
         place = place.parent
-    model = Path(__file__).resolve().parents[1] / "examples" / "tiny_lm"
-    with FileLock(place / "tiny_lm.lock"):
-        if not (place / "tiny_lm").exists():
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            export.to_onnx(cdsurgery.wrap(model), place / "tiny_lm", tokenizer=tokenizer)
-    return place / "tiny_lm"
+    PLACE.append(place)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import FOLDER, artifact
+from artifacts import artifact, shared
 
 from cdsurgery import export
 from cdsurgery.export.tensorrt.options import target_names
@@ -35,8 +35,7 @@ needs_gpu = pytest.mark.skipif(not runs_here(), reason="needs a GPU that TensorR
 
 def engine(family: str, **options: Any) -> Path:
     """The folder of an engine for SM89, or for the GPU that is here; `options` are those of `to_tensorrt`."""
-    folder = FOLDER / "-".join([family, *(f"{k}-{v}" for k, v in options.items()), "engine"])
+    name = "-".join([family, *(f"{k}-{v}" for k, v in options.items()), "engine"])
     wanted: dict[str, Any] = {"package": RTX, "batch": 4, "sequence": 32, "past": 95, "targets": TARGETS}
-    if not folder.exists():
-        export.to_tensorrt(artifact(family), folder, **(wanted | options))
-    return folder
+    source = artifact(family)
+    return shared(name, lambda folder: export.to_tensorrt(source, folder, **(wanted | options)))

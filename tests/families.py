@@ -39,8 +39,8 @@ FAMILIES = (
 )
 
 
-def mostly(usual: Sequence[str], every: Sequence[str]) -> list[Any]:
-    """Every family as a parameter of a test, those that are not usual for `pytest --thorough` only."""
+def mostly(usual: Sequence[Any], every: Sequence[Any]) -> list[Any]:
+    """Each of `every`, families most often, as a parameter of a test; with `pytest --thorough` only if not usual."""
     return [one if one in usual else pytest.param(one, marks=pytest.mark.thorough) for one in every]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from artifacts import FOLDER, Client
+from artifacts import Client, shared
 from families import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -34,8 +34,8 @@ def hybrid(family: str, layers: int = 3, dtype: torch.dtype = torch.float32) -> 
 def client(family: str, target: Target, dtype: torch.dtype = torch.float32, layers: int = 3) -> Client:
     """Its artifact, open; logits at every position."""
     model = cdsurgery.wrap(copy.deepcopy(hybrid(family, layers, dtype)), lookback=2)
-    folder = FOLDER / f"{family}-{target}-{dtype}-{layers}-hybrid"
-    return Client(export.to_onnx(model, folder, target=target, positions="all"))
+    name = f"{family}-{target}-{dtype}-{layers}-hybrid"
+    return Client(shared(name, lambda folder: export.to_onnx(model, folder, target=target, positions="all")))
 
 
 def cache_states(cache: DynamicCache) -> list[Tensor]:

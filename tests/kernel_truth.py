@@ -28,6 +28,11 @@ has_gpu = torch.cuda.is_available()
 RELATIVE = 1e-5 if has_gpu else 1e-6
 
 
+def number(active: int | None, state: Tensor) -> Tensor | None:
+    """As `unembed_sums` takes it."""
+    return None if active is None else torch.tensor(active, device=state.device)
+
+
 def kernel(
     state: Tensor,
     weight: Tensor,
@@ -37,6 +42,7 @@ def kernel(
     widened: bool = False,
     counted: int | None = None,
     written: int | None = None,
+    active: int | None = None,
 ) -> Sums:
     """The kernel, in Triton's interpreter or on a GPU; as `unembed_sums`, with everything left where it runs."""
     products = state.new_empty((len(state) if written is None else written, len(weight)))
@@ -48,7 +54,8 @@ def kernel(
         running = interpreted()
     with running:
         counted = len(weight) if counted is None else counted
-        return *launching.launch(state, weight, bias, scale, softcap, widened, counted, products), products
+        some = number(active, state)
+        return *launching.launch(state, weight, bias, scale, softcap, widened, counted, some, products), products
 
 
 def in_pytorch(
@@ -60,12 +67,14 @@ def in_pytorch(
     widened: bool = False,
     counted: int | None = None,
     written: int | None = None,
+    active: int | None = None,
 ) -> Sums:
     """The implementation for the CPU, with the vocabulary in blocks of 100."""
     counted, written = len(weight) if counted is None else counted, len(state) if written is None else written
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cdsurgery.kernels.unembed_sums, "CPU_LOGITS", 100 * len(state))
-        return unembed_sums(state, weight, bias, scale, softcap, widened, counted, written)
+        some = number(active, state)
+        return unembed_sums(state, weight, bias, scale, softcap, widened, counted, written, some)
 
 
 def on_gpu(*given: Any, **options: Any) -> Sums:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a value-dependent step runs or leaves in a graph: a number read back to the host, a shape that depends on values,
 # a branch or a loop.
-DATA_DEPENDENT = ("local_scalar", "item", "nonzero", "masked_select", "unique", "cond", "while_loop", "scan")
+BY_MASK = " by a mask"
+DATA_DEPENDENT = ("local_scalar", "item", "nonzero", "masked_select", "unique", "cond", "while_loop", "scan", BY_MASK)
 
 
 class Operations(TorchDispatchMode):
@@ -22,8 +23,15 @@ class Operations(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(str(func))
+        indices = args[1] if str(func).startswith("aten.index") and isinstance(args[1], list) else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.names.add(str(func) + BY_MASK * by_mask)
         return func(*args, **(kwargs or {}))
+
+
+def data_dependent(names: set[str]) -> set[str]:
+    """Of names of operations, those that depend on values."""
+    return {name for name in names if any(part in name for part in DATA_DEPENDENT)}
 
 
 def static_graph(function: Callable[..., Any], samples: Sequence[Tensor], *dynamic: dict[int, Any]) -> nn.Module:
@@ -46,6 +54,6 @@ def static_graph(function: Callable[..., Any], samples: Sequence[Tensor], *dynam
     traced = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert run.names, "nothing ran"
     assert traced, "the graph is empty"
-    found = {name for name in run.names | traced if any(part in name for part in DATA_DEPENDENT)}
+    found = data_dependent(run.names | traced)
     assert not found, f"these operations depend on values: {found}"
     return program.module()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -12,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model, token_ids
+from support import Operations, data_dependent
 from transformers import AutoModelForCausalLM
 
 import benchmarks.__main__
 from benchmarks import machine
 from benchmarks.machine import Limits
-from benchmarks.models import bytes_of, filled_cache, wrapped
+from benchmarks.models import bytes_of, decode_step, filled_cache, wrapped
 from benchmarks.parts import dola, sweep
 from benchmarks.parts.memory import Peak
 from benchmarks.picture import overhead_picture
+from benchmarks.report import Table
 from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
@@ -123,6 +126,59 @@ def test_a_cache_is_what_each_kind_of_layer_keeps_of_the_context() -> None:
     assert cached(on_paper("qwen3.5-9b"), 3) == 3 * (8 * keys + 24 * linear)
     windows, whole = 2 * 1023 * 16 * 256 * 2, 2 * 4096 * 4 * 512 * 2
     assert cached(on_paper("gemma-4-31b"), 1) == 50 * windows + 10 * whole
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in SHAPES.values()}))
+@torch.no_grad()
+def test_a_step_is_that_after_the_context_and_goes_by_no_value(family: str) -> None:
+    """A captured step finds its cache where it was; windows are of 8 tokens in the tiny models, fewer than these."""
+    plain = tiny_model(family)
+    true = plain(torch.zeros(1, 21, dtype=torch.int64), use_cache=False).logits[:, -1:]
+    cache = filled_cache(plain, 3, 20)
+    outputs: list[Any] = []
+    for model in (plain, wrapped(plain, 3, "fused")):
+        twin = copy.deepcopy(cache)
+        before = [(state.clone(), state.data_ptr()) for layer in twin.layers for state in kept(layer)]
+        with Operations() as run:
+            hook = model.register_forward_hook(lambda _, __, out: outputs.append(out))
+            decode_step(model, twin, 3)()
+            hook.remove()
+        assert not data_dependent(run.names)
+        after = [state for layer in twin.layers for state in kept(layer)]
+        assert len(after) == len(before) > 0
+        assert all(torch.equal(a, b) and a.data_ptr() == place for a, (b, place) in zip(after, before, strict=True))
+        final = getattr(outputs[-1], "final_logits", outputs[-1].logits)
+        # A step sums in another order than a prompt; logits are of size 10.
+        torch.testing.assert_close(final, true.expand(3, 1, -1), rtol=0, atol=1e-4)
+    assert len(outputs) == 2
+
+
+def kept(layer: Any) -> list[torch.Tensor]:
+    """Keys and values of a layer of attention."""
+    return [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
+
+
+def test_several_batches_make_one_table_and_what_does_not_fit_is_said(small: Setting) -> None:
+    limits = Limits(1e9, 1e9)
+
+    def part(setting: Setting, _: Limits) -> Table:
+        if setting.batch > 8:
+            raise torch.OutOfMemoryError
+        return Table(("way", "ratio"), [("unwrapped", 1.0), ("full", float(setting.batch))], ("A note.",))
+
+    table = benchmarks.__main__.measured(part, small, [1, 8, 32], limits)
+    assert table.columns == ("batch", "way", "ratio")
+    assert table.rows == [
+        (1, "unwrapped", 1.0),
+        (1, "full", 1.0),
+        (8, "unwrapped", 1.0),
+        (8, "full", 8.0),
+        (32, "does not fit", None),
+    ]
+    assert table.notes == ("A note.",)
+    assert benchmarks.__main__.measured(part, small, [8], limits).columns == ("way", "ratio")
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmarks.__main__.measured(part, small, [32], limits)
 
 
 def test_the_roofline_of_a_scan_counts_its_products() -> None:

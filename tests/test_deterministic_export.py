@@ -16,10 +16,12 @@ CHILD = """
 import sys
 import torch
 torch.set_num_threads(1)
-from artifacts import wrapped
+import cdsurgery
 from cdsurgery import export
+from families import tiny_model
 
-export.to_onnx(wrapped("qwen3"), f"{sys.argv[1]}/int4", quantization="int4")
+model = cdsurgery.wrap(tiny_model("qwen3", num_hidden_layers=2, tie_word_embeddings=True), lookback=1)
+export.to_onnx(model, f"{sys.argv[1]}/int4", quantization="int4")
 """
 
 

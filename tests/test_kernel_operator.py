@@ -38,14 +38,18 @@ def test_pytorch_takes_it_for_an_operator_like_its_own(written: int) -> None:
     state, weight = exact_inputs(3, 8, 30, torch.bfloat16)
     torch.library.opcheck(unembed_sums, (state, weight, None, 1.0, None, False, 30, written))
     torch.library.opcheck(unembed_sums, (state, weight, weight[:, 0].contiguous(), 0.5, 30.0, True, 20, written))
+    # All rows count, as the check takes no NaN for another.
+    torch.library.opcheck(unembed_sums, (state, weight, None, 1.0, None, False, 30, written, torch.tensor(3)))
 
 
 def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
     class Head(nn.Module):
-        def forward(self, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, state: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             rows = state.shape[0] - 1
             _, index, s, _, products = unembed_sums(state * 2, weight, None, 1.0, None, False, 30, rows)
-            return index + 1, products / (1 + s[:rows])[:, None]
+            active = (state[:, 0] > 0).sum()
+            some, *_ = unembed_sums(state, weight, None, 1.0, None, False, 30, 0, active)
+            return index + 1, products / (1 + s[:rows])[:, None], some.nan_to_num(7)
 
     state, weight = exact_inputs(5, 8, 30, torch.float32)
     rows = torch.export.Dim("rows", min=3)
@@ -78,6 +82,14 @@ def test_tensors_that_do_not_fit_are_refused(given: Any) -> None:
 def test_counts_beyond_the_tensors_are_refused(counted: int, written: int) -> None:
     with pytest.raises(InvalidInputError, match=rf"counted={counted} and written={written}\. .* 1 to 9 .* 0 to 2 "):
         unembed_sums(torch.zeros(2, 8), torch.zeros(9, 8), None, 1.0, None, False, counted, written)
+
+
+@pytest.mark.parametrize(
+    "active", [torch.tensor(1, dtype=torch.int32), torch.tensor([1]), torch.tensor(1, device="meta")]
+)
+def test_a_number_of_rows_of_another_kind_is_refused(active: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match=r"unembed_sums got active as \[.* one int64 number \[\] on cpu"):
+        unembed_sums(torch.zeros(2, 8), torch.zeros(9, 8), None, 1.0, None, False, 9, 0, active)
 
 
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,23 @@ def test_sums_of_awkward_sizes(
 
 
 @ways
+@pytest.mark.parametrize("rows", [5, 70])  # one block of rows, and three of 32
+@pytest.mark.parametrize("written", [True, False])
+def test_rows_that_do_not_count_are_left_alone(way: Callable[..., Sums], rows: int, written: bool) -> None:
+    state, weight = exact_inputs(rows, 24, 300, torch.float32)
+    bias = torch.arange(300) / 4
+    logits = product(state, weight) + bias
+    for active in (0, 1, rows - 1, rows, rows // 2):
+        state[active:] = NAN
+        maximum, index, s, t, products = way(state, weight, bias, written=written * rows, active=active)
+        check((*(one[:active] for one in (maximum, index, s, t)), products), logits[:active])
+        assert all(one[active:].isnan().all() for one in (maximum, s, t))
+        assert not index[active:].any()
+        check_written([products[:active]], logits)
+        state, _ = exact_inputs(rows, 24, 300, torch.float32)
+
+
+@ways
 @pytest.mark.parametrize("counted", [1, 100, 127, 129, 256, 300])
 def test_padding_of_the_vocabulary_is_written_and_not_measured(way: Callable[..., Sums], counted: int) -> None:
     state, weight = exact_inputs(3, 16, 300, torch.float32)
@@ -225,12 +242,19 @@ def test_tiles_that_are_all_excluded_count_nothing(way: Callable[..., Sums]) -> 
 @pytest.mark.skipif(has_gpu, reason="kernels are compiled here")
 @pytest.mark.parametrize("group", [1, 2, 16])
 def test_every_block_of_rows_meets_every_tile_in_any_order(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interpreter import interpreted
+
     monkeypatch.setattr(launching, "GROUP", group)
     assert launching.block_of_rows(70, torch.float32)[0] == 32  # three blocks of rows, the last one alone in its group
     state, weight = exact_inputs(70, 16, 200, torch.float32)
     found = kernel(state, weight, written=40)
     check_written(found, product(state, weight))
     check(found, product(state, weight))
+    products = torch.full((70, 200), NAN)
+    with interpreted():
+        launching.launch(state, weight, None, 1.0, None, False, 200, torch.tensor(33), products)
+    assert products[:33].isfinite().all()
+    assert products[64:].isnan().all(), "a block of rows that do not count was multiplied"
 
 
 @pytest.mark.skipif(has_gpu, reason="kernels are compiled here")

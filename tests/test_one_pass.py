@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model, token_ids
+from support import Operations, data_dependent
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,11 +97,11 @@ def states_of_all_layers(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("rows", [slice(0, 9), slice(0, 3)], ids=["projected again", "written"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("may_look", [False, True])
+@pytest.mark.parametrize("sparing", [False, True])
 @pytest.mark.parametrize("lookback", [1, 2, LOOKBACK])
 @torch.no_grad()
 def test_broken_candidates_never_win_and_draws_are_kept(
-    rows: slice, share: float, may_look: bool, lookback: int
+    rows: slice, share: float, sparing: bool, lookback: int
 ) -> None:
     model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")
     final, *earlier = (state[:, rows] for state in states_of_all_layers(model)[: lookback + 1])
@@ -108,7 +109,7 @@ def test_broken_candidates_never_win_and_draws_are_kept(
     allowed[2, 2] = True
     full = model._select(tail_logits(model, model.anatomy, final), earlier, allowed)
     assert full[1].max() == lookback and full[1].min() == 0
-    passed = OnePass(Tail(model, model.anatomy, fused_unembedding(model, model.anatomy)), earlier, may_look)
+    passed = OnePass(Tail(model, model.anatomy, fused_unembedding(model, model.anatomy)), earlier, sparing)
     product = passed(unembedding_input(model, model.anatomy, final))
     given = logits_of_products(model, model.anatomy, product)
     if len(passed._reading.products) < passed._reading.entropy.numel():
@@ -118,7 +119,7 @@ def test_broken_candidates_never_win_and_draws_are_kept(
     true = torch.where((depth > 0)[..., None], full[0], given)
     torch.testing.assert_close(logits, true, rtol=0, atol=1e-4, equal_nan=True)
     looked = torch.full_like(measured, True, dtype=torch.bool)
-    if may_look:  # who stays at layer L is not looked at beyond L-1
+    if sparing:  # who stays at layer L is not looked at beyond L-1
         looked[..., 2:] = (depth > 0)[..., None]
         assert measured[~looked].isnan().all()
     torch.testing.assert_close(measured[looked], full[2][looked], rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -135,9 +136,11 @@ def test_the_second_reading_is_of_the_rows_that_go_on(allowed: bool) -> None:
         product = passed(unembedding_input(model, model.anatomy, final))
         logits = logits_of_products(model, model.anatomy, product)
         _, depth, _ = passed.select(logits, torch.full((3, 9), allowed))
-    going = int((depth > 0).sum())
-    assert (going > 3) == allowed
-    assert seen.rows == [2 * 27, *([(LOOKBACK - 1) * going] if allowed else [])]
+    going, further = int((depth > 0).sum()), int((depth > 1).sum())
+    assert (going > further > 0) == allowed
+    # More than 64 rows are not written, so that the chosen ones are multiplied again.
+    assert seen.rows == [2 * 27, (LOOKBACK - 1) * going, further]
+    assert seen.products == 0
 
 
 @torch.no_grad()
@@ -165,24 +168,37 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         of_weight = any(isinstance(one, Tensor) and one.data_ptr() == self.weight.data_ptr() for one in args)
         if of_weight and "unembed_sums" in str(func):
-            self.rows.append(len(args[0]))
+            self.rows.append(int(args[8]) if len(args) > 8 else len(args[0]))  # those that count
         self.products += of_weight and str(func) in ("aten.mm.default", "aten.addmm.default")
         returned = result if isinstance(result, (tuple, list)) else [result]
         self.numbers = max([self.numbers, *(one.numel() for one in returned if isinstance(one, Tensor))])
         return result
 
 
-@pytest.mark.parametrize(("keep", "products"), [(0, 1), (1, 0)], ids=["projected again", "written"])
+@pytest.mark.parametrize("keep", [0, 1], ids=["projected again", "written"])
 @torch.no_grad()
-def test_the_unembedding_is_read_once_for_all_layers(keep: int, products: int) -> None:
+def test_the_unembedding_is_read_once_for_all_layers(keep: int) -> None:
     model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
     with Largest(model.lm_head.weight) as seen:
         out = model(input_ids=IDS, logits_to_keep=keep)
-    assert (seen.rows, seen.products) == ([out.entropy.numel()], products)  # the product is the chosen states'
+    moved = [int((out.selected_layer < LAYERS).sum())] if keep == 0 else []  # whose products are made again
+    assert (seen.rows, seen.products) == ([out.entropy.numel(), *moved], 0)
     assert seen.numbers <= max(out.logits.numel(), VOCABULARY * HIDDEN)
     # Who keeps what a step returned does not keep the logits of all candidates.
     for logits in (out.logits, out.final_logits):
         assert logits.untyped_storage().nbytes() == logits.nbytes
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["written", "projected again"])
+@torch.no_grad()
+def test_a_step_of_generate_goes_by_no_value_so_that_it_can_be_captured(tokens: int) -> None:
+    for scan in ("fused", "lazy"):
+        model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
+        model._generating = True
+        with Operations() as run:
+            out = model(IDS[:, :tokens])
+        assert bool(data_dependent(run.names)) == (scan == "lazy")
+        assert out.selected_layer.min() < LAYERS
 
 
 def head_of(model: Any) -> Any:

@@ -27,8 +27,7 @@ ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemm
 # fmt: on
 HYBRIDS = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
 FAMILIES = ATTENTION + HYBRIDS
-USUAL = ["llama", "qwen3_moe", "gpt_oss", "gemma2", "gemma4_text", "phi3", "cohere2", "deepseek_v3", "gpt2"]
-USUAL += ["qwen3_5_text", "qwen3_next"]
+USUAL = ["llama", "qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3", "gpt2", "qwen3_5_text"]
 every_family = pytest.mark.parametrize("family", mostly(USUAL, FAMILIES))
 
 # (batch, prompt, chunks that continue the cache): one token and many, past the windows of 4 tokens, batches the sample
@@ -140,6 +139,7 @@ def test_the_file_passes_the_checker_and_stores_every_weight_once(family: str) -
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(path)
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 20}
+    assert not {node.domain for node in model.graph.node if node.domain}
     control = {node.op_type for node in model.graph.node} & {"If", "Loop", "Scan", "SequenceMap"}
     assert control == ({"Scan"} if family in HYBRIDS else set())  # chunks of linear attention; none in the selection
     parameters = sum(parameter.numel() * 4 for parameter in wrapped(family).parameters())
@@ -162,7 +162,7 @@ def test_tensorrt_reads_the_graph(family: str) -> None:
     assert names == Client(artifact(family)).outputs
 
 
-@pytest.mark.parametrize("family", mostly(["llama", "qwen3_5_text"], ["llama", "gemma2", "gpt_oss", "qwen3_5_text"]))
+@pytest.mark.parametrize("family", mostly(["qwen3_5_text"], ["llama", "gemma2", "gpt_oss", "qwen3_5_text"]))
 def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
     """The export itself compares; here both are held against float32 on the same weights."""
     folder = artifact(family, dtype=torch.float16)
@@ -187,7 +187,7 @@ def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
     assert (off < final.abs().amax(-1) * 2**-11).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+@pytest.mark.parametrize("family", mostly(["llama"], ["llama", "qwen3_5_text"]))
 def test_bfloat16_weights_are_kept_and_computed_in_float32(family: str) -> None:
     folder = artifact(family, dtype=torch.bfloat16, upcast=True)
     stored = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer

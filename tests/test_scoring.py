@@ -95,7 +95,7 @@ def test_what_scoring_holds_does_not_grow_with_the_candidates(tmp_path: Path) ->
     one = 512 * 32768 * 4 / 1024
     used = []
     for lookback in (1, 3):
-        model = tiny_model("llama", num_hidden_layers=4, vocab_size=32768, max_position_embeddings=512)
+        model = tiny_model("llama", num_hidden_layers=lookback + 1, vocab_size=32768, max_position_embeddings=512)
         wrapped = cdsurgery.wrap(model, lookback=lookback)
         folder = export.to_onnx(wrapped, tmp_path / str(lookback), positions="score", parity=False)
         script = MEASURE.format(tests=str(Path(__file__).parent), folder=str(folder))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.machine import Limits
+from benchmarks.machine import GPU, Limits
 from benchmarks.models import bytes_of, decode_step, filled_cache, on_shared_weights, wrapped
 from benchmarks.picture import overhead_picture
 from benchmarks.report import Cell, Table
@@ -21,7 +21,7 @@ from benchmarks.shapes import random_model
 from benchmarks.timing import Timing, interleaved
 
 LOOKBACKS, BATCHES, SHARES = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16), (0.25, 0.5, 1.0)
-SCANS = ("lazy", "full", "fused")
+SCANS = ("full", "fused") if GPU else ("lazy", "full", "fused")  # on a GPU as in `benchmarks.parts.step`
 Point = tuple[int, int, int]  # rows, K, entries of the vocabulary
 
 
@@ -43,12 +43,12 @@ def sweep(setting: Setting, limits: Limits) -> Table:
         return wrapped(unwrapped[size], k, way)
 
     ways: dict[tuple[Point, str], Callable[[], object]] = {}
-    for batch, k, size in (point for points in axes.values() for point in points.values()):
-        models = {"unwrapped": unwrapped[size]} | {way: model_of(k, size, way) for way in SCANS}
-        for way, model in models.items():
-            at = (batch, 0 if way == "unwrapped" else k, size)
-            ways[at, way] = decode_step(model, caches[batch], batch)
     with torch.no_grad(), scheduled(setting.rate):
+        for batch, k, size in (point for points in axes.values() for point in points.values()):
+            models = {"unwrapped": unwrapped[size]} | {way: model_of(k, size, way) for way in SCANS}
+            for way, model in models.items():
+                at = (batch, 0 if way == "unwrapped" else k, size)
+                ways[at, way] = decode_step(model, caches[batch], batch)
         timings = interleaved({repr(key): way for key, way in ways.items()}, setting.rounds)
     found = dict(zip(ways, timings, strict=True))
     roofline = Roofline(plain, limits)

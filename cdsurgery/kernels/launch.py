@@ -22,6 +22,7 @@ def launch(
     softcap: float | None,
     widened: bool,
     counted: int,
+    active: Tensor | None,
     products: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Start both kernels, on tensors as `unembed_sums` takes them.
@@ -52,6 +53,7 @@ def launch(
             partial_index,
             partial[1],
             partial[2],
+            active,
             rows,
             len(products),
             vocabulary,
@@ -77,6 +79,7 @@ def launch(
             partial_index,
             partial[1],
             partial[2],
+            active,
             maximum,
             index,
             s,

@@ -26,6 +26,7 @@ def measure_tiles(
     index,  # [rows, tiles] int32
     s,
     t,
+    active,  # int64, how many of the first rows there is anything to do for; None for all
     rows,
     written,  # rows whose products are kept: the first ones
     vocabulary,
@@ -50,7 +51,10 @@ def measure_tiles(
     members = tl.minimum(tl.cdiv(rows, BLOCK_R) - first, GROUP)
     place = program % (GROUP * tiles)
     tile = place // members
-    row = (first + place % members) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = first + place % members
+    if active is not None and block * BLOCK_R >= tl.load(active):
+        return
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
 
     # Behind the end the last row is read again, so that no load but that of a part of the width has a mask.
@@ -101,6 +105,7 @@ def merge_tiles(
     tile_index,  # [rows, tiles] int32
     tile_s,
     tile_t,
+    active,  # as of `measure_tiles`
     maximum,  # [rows] float32, as are s and t
     index,  # [rows] int64
     s,
@@ -110,6 +115,13 @@ def merge_tiles(
 ):
     """One row: `cdsurgery.entropy.merged_sums` of its tiles."""
     row = tl.program_id(0)
+    one = tl.arange(0, 1)
+    if active is not None and row >= tl.load(active):
+        tl.store(maximum + row + one, float("nan"))
+        tl.store(index + row + one, 0)
+        tl.store(s + row + one, float("nan"))
+        tl.store(t + row + one, float("nan"))
+        return
     part = tl.arange(0, BLOCK)[None, :]
     of = row.to(tl.int64) * tiles + part
     m = tl.load(tile_maximum + of, mask=part < tiles, other=-float("inf"))
@@ -122,7 +134,6 @@ def merge_tiles(
     e = tl.exp(d)
     e = tl.where(e == 0, 0.0, e + e * lost)
     mass = tl.where(e == 0, 0.0, e * (1 + own_s))
-    one = tl.arange(0, 1)
     tl.store(maximum + row + one, top)
     tl.store(index + row + one, tl.sum(tl.where(leads, own_index, 0), 1).to(tl.int64))
     tl.store(s + row + one, tl.sum(tl.where(leads, own_s, mass), 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from cdsurgery.entropy import CACHED_LOGITS, merged_sums, partial_sums
 from cdsurgery.errors import InvalidInputError, SurgeryError
@@ -26,7 +26,7 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor state, Tensor weight, Tensor? bias, float scale, float? softcap, bool widened, SymInt counted,"
-    " SymInt written) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " SymInt written, Tensor? active=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def unembed_sums(
     state: Tensor,
@@ -37,6 +37,7 @@ def unembed_sums(
     widened: bool,
     counted: int,
     written: int,
+    active: Tensor | None = None,
 ) -> Sums:
     """What the entropies of `softcap * tanh(scale * linear(state, weight, bias) / softcap)` are made of.
 
@@ -52,24 +53,30 @@ def unembed_sums(
         widened: whether the steps after `linear` are taken in float32.
         counted: in [1, V], how many entries of the vocabulary are measured; those behind are padding.
         written: in [0, R], of how many of the first rows `linear`'s result is returned too.
+        active: `[]` int64 where the state is, in [0, R]: how many of the first rows count, None for all. It is a tensor
+            so that nobody waits for it: a step that does not know yet how many rows it will find to do can be captured.
 
     Returns:
         maximum, index, s and t, `[R]`: float32, int64 (the lowest of equal ones, as `argmax` gives it), float32 and
-        float32, as `partial_sums` defines them; and `linear`'s result `[written, V]`.
+        float32, as `partial_sums` defines them; and `linear`'s result `[written, V]`. Behind the active rows index is
+        0, maximum, s and t are NaN, and what stands in `linear`'s result is anything.
 
     Raises:
         InvalidInputError: tensors of other shapes, dtypes or strides.
         SurgeryError: they are on a GPU, and Triton is not installed.
     """
-    _check(state, weight, bias, counted, written)
+    _check(state, weight, bias, counted, written, active)
+    products, rest = _products(state, weight, written), 0
+    if active is not None:
+        rest = len(state) - int(active)
+        state = state[: int(active)]
     step = max(1, CPU_LOGITS // max(1, len(state)))
-    products = _products(state, weight, written)
     multiply = few_rows_linear if state.dtype == torch.float32 else linear
     parts = []
     for begin in range(0, len(weight), step):
         columns = slice(begin, begin + step)
         z = multiply(state, weight[columns], None if bias is None else bias[columns])
-        products[:, columns] = z[:written]
+        products[: len(z), columns] = z[:written]
         if begin >= counted:
             continue
         z = z[:, : counted - begin]
@@ -82,8 +89,8 @@ def unembed_sums(
         parts.append((z.float().argmax(dim=-1) + begin, *partial_sums(z)))
     index, maximum, s, t = (torch.stack(pieces) for pieces in zip(*parts, strict=True))
     index = index.gather(0, maximum.argmax(dim=0, keepdim=True)).squeeze(0)
-    maximum, s, t = merged_sums(maximum, s, t)
-    return maximum, index, s, t, products
+    maximum, s, t = (pad(part, (0, rest), value=float("nan")) for part in merged_sums(maximum, s, t))
+    return maximum, pad(index, (0, rest)), s, t, products
 
 
 @unembed_sums.register_kernel("cuda")
@@ -96,8 +103,9 @@ def _on_gpu(
     widened: bool,
     counted: int,
     written: int,
+    active: Tensor | None = None,
 ) -> Sums:
-    _check(state, weight, bias, counted, written)
+    _check(state, weight, bias, counted, written, active)
     try:
         from cdsurgery.kernels.launch import launch
     except ImportError as error:
@@ -106,7 +114,7 @@ def _on_gpu(
             "PyTorch's CUDA builds for Linux bring it; else: pip install triton. Or use scan='full'."
         ) from error
     products = _products(state, weight, written)
-    return *launch(state, weight, bias, scale, softcap, widened, counted, products), products
+    return *launch(state, weight, bias, scale, softcap, widened, counted, active, products), products
 
 
 @unembed_sums.register_fake
@@ -119,8 +127,9 @@ def _shapes(
     widened: bool,
     counted: int,
     written: int,
+    active: Tensor | None = None,
 ) -> Sums:
-    _check(state, weight, bias, counted, written)
+    _check(state, weight, bias, counted, written, active)
     maximum, s, t = (state.new_empty(state.shape[0], dtype=torch.float32) for _ in range(3))
     index = state.new_empty(state.shape[0], dtype=torch.int64)
     return maximum, index, s, t, _products(state, weight, written)
@@ -130,7 +139,9 @@ def _products(state: Tensor, weight: Tensor, written: int) -> Tensor:
     return state.new_empty((written, weight.shape[0]))
 
 
-def _check(state: Tensor, weight: Tensor, bias: Tensor | None, counted: int, written: int) -> None:
+def _check(
+    state: Tensor, weight: Tensor, bias: Tensor | None, counted: int, written: int, active: Tensor | None
+) -> None:
     given = [state, weight] if bias is None else [state, weight, bias]
     fits = state.ndim == weight.ndim == 2 and state.shape[1] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
@@ -145,4 +156,9 @@ def _check(state: Tensor, weight: Tensor, bias: Tensor | None, counted: int, wri
         raise InvalidInputError(
             f"unembed_sums got counted={counted} and written={written}. It measures 1 to {weight.shape[0]} entries of "
             f"this vocabulary, and writes the products of 0 to {state.shape[0]} of these rows."
+        )
+    if active is not None and (active.dtype, active.shape, active.device) != (torch.int64, (), state.device):
+        raise InvalidInputError(
+            f"unembed_sums got active as {list(active.shape)} {active.dtype} on {active.device}. It takes one int64 "
+            f"number [] on {state.device}, where the state is."
         )
