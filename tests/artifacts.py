@@ -20,21 +20,22 @@ from torch import Tensor
 import cdsurgery
 from cdsurgery import ConfidentHead, export
 
-LOOKBACK = 2  # less than the depth allows, so that a candidate too deep shows
+LOOKBACK = 2  # at most; less than the depth of EXPORTED allows, so that a candidate too deep shows
 EXPORTED = ("llama", "qwen3")
 _TIED = {"num_hidden_layers": 4, "tie_word_embeddings": True}  # tied, so that a weight saved twice would show
-_SHORT = {"num_hidden_layers": 3}  # as deep as the scan looks back
-_HYBRID = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+_SHORT = {"num_hidden_layers": 2}  # one of each kind, and one candidate: the scan is the same in all of them
 _OPTIONS: dict[str, dict[str, Any]] = {
     "llama": _TIED,
     "qwen3": _TIED,
     # The default of 1, where others divide by the root of the head size, makes attention amplify every rounding.
     "granite": _SHORT | {"attention_multiplier": 0.25},
-    # Kinds of layers alternate in some of them: two of one kind, one of the other.
     **{family: _SHORT for family in ("mistral", "qwen2", "qwen3_moe", "phi3", "olmo2", "deepseek_v3", "gpt2", "opt")},
     **{family: _SHORT for family in ("gpt_oss", "gemma2", "cohere2", "smollm3")},
-    "gemma3_text": _SHORT | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    **{family: _SHORT | _HYBRID for family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
+    "gemma3_text": _SHORT | {"layer_types": ["sliding_attention", "full_attention"]},
+    **{
+        family: _SHORT | {"layer_types": ["linear_attention", "full_attention"]}
+        for family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+    },
 }
 PLACE: list[Path] = []  # conftest.py puts the folder of the run there
 
@@ -54,7 +55,8 @@ def wrapped(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
     model = tiny_model(family, dtype, **_OPTIONS.get(family, {}))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)  # entropies from 1e-5 nats to 4
-    return cdsurgery.wrap(model, **({"lookback": LOOKBACK} | options))
+    lookback = min(LOOKBACK, model.config.num_hidden_layers - 1)
+    return cdsurgery.wrap(model, **({"lookback": lookback} | options))
 
 
 @functools.cache

@@ -1,14 +1,15 @@
 """A TensorRT that runs engines without a GPU: the rules of its runtime, and ONNX Runtime behind them.
 
 Rules are those of NvInferRuntime.h and of TensorRT's documentation on CUDA graphs: every tensor has an aligned address,
-shapes lie in the profile, contexts have memory and a stream, and a graph holds as long as its context is not changed.
-Memory is that of tensors on the CPU, found by its address, as a GPU would.
+shapes lie in the profile, contexts have memory and a stream, whose device is the current one when they run, and a graph
+holds as long as its context is not changed. Memory is that of tensors on the CPU, found by its address, as a GPU would.
 """
 
 from __future__ import annotations
 
 import ctypes
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM
+        assert self.fake.device_is_current
         assert self.memory
         if self.fake.capturing:
             self.fake.capturing[-1].append((self, dict(self.state)))
@@ -116,6 +118,7 @@ class FakeTensorRT:
 
     def __init__(self, manifest: EngineManifest, graph: Path, compiles: bool) -> None:
         self.manifest, self.compiles, self.capturable = manifest, compiles, True
+        self.device_is_current = False
         self.graph = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self.__version__, self.ILogger = manifest.version, import_tensorrt("tensorrt_rtx").ILogger
         self.capturing: list[Any] = []
@@ -132,6 +135,12 @@ class FakeTensorRT:
             weight_streaming_budget_v2=None,
             get_weight_streaming_automatic_budget=lambda: 5000,
         )
+
+    @contextmanager
+    def current_device(self) -> Iterator[None]:
+        self.device_is_current = True
+        yield
+        self.device_is_current = False
 
     def Runtime(self, log: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine)
@@ -157,7 +166,7 @@ def install(monkeypatch: pytest.MonkeyPatch, engine: Path, artifact: Path, compi
     monkeypatch.setattr(session, "ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: fake.current_device())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(fake))
     monkeypatch.setattr(Graph, "replays", 0)
     return fake

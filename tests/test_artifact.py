@@ -80,7 +80,7 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_a_graph_that_disagrees_with_the_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exporter is made to write a graph in which one weight is another."""
-    model = wrapped("llama")
+    model = wrapped("mistral")
     norm = model.get_submodule("model.norm")
     name = onnx_module._name
 

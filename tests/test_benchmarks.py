@@ -69,15 +69,17 @@ def test_a_ratio_counts_the_rare_steps_that_take_longer(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("way", ["lazy", "full", "fused"])
 @pytest.mark.parametrize("rate", [0.0, 0.115, 1.0])
+@pytest.mark.parametrize("lookback", [1, 3])
 @torch.no_grad()
-def test_rows_move_as_often_as_scheduled_and_by_one_layer(way: str, rate: float) -> None:
-    model = wrapped(tiny_model("llama"), 3, way)
+def test_rows_move_as_often_as_scheduled_and_by_one_layer(way: str, rate: float, lookback: int) -> None:
+    model = wrapped(tiny_model("llama"), lookback, way)
     with scheduled(rate):
         depths = 6 - torch.cat([model(token_ids(8, 25, seed), logits_to_keep=0).selected_layer for seed in range(5)])
     assert set(depths.flatten().tolist()) <= {0, 1}
     # Of 1,000 draws; three standard deviations of a share of 0.115 are 0.03.
     assert depths.float().mean() == pytest.approx(rate, abs=0.03)
-    assert 6 - model(token_ids(8, 25), logits_to_keep=0).selected_layer.min() > 1, "the schedule outlived its context"
+    deepest = 6 - model(token_ids(8, 25), logits_to_keep=0).selected_layer.min()
+    assert deepest == lookback, "the schedule outlived its context"
 
 
 def test_configs_are_of_the_size_that_their_names_say() -> None:
@@ -232,6 +234,7 @@ def test_every_part_compares_with_the_unwrapped_model(small: Setting) -> None:
     assert benchmarks.__main__.PARTS["wrapping"](small, limits).rows[0][0] == "tiny"
 
 
+@pytest.mark.thorough
 def test_onnx_runtime_compares_a_graph_without_candidates_with_both_scans(
     small: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 import cdsurgery
 from cdsurgery import ConfidentOutput
 
-LOOKBACK, PROMPT, STEPS = 4, 9, 6
+LAYERS, LOOKBACK, PROMPT, STEPS = 4, 3, 9, 6
 IDS = token_ids(2, PROMPT)
 
 
@@ -45,7 +45,7 @@ class Backend:
 
 @pytest.mark.parametrize(("family", "scan"), [("llama", "auto"), ("gpt_oss", "auto"), ("llama", "fused")])
 def test_a_decode_step_compiles_whole_and_selects_as_the_uncompiled_one(family: str, scan: str) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, num_hidden_layers=LAYERS)
     plain = Backend()
     decode(model, torch.compile(model, backend=plain, fullgraph=True))
     model = cdsurgery.wrap(model, lookback=LOOKBACK, scan=scan)

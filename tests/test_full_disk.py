@@ -17,7 +17,8 @@ LIMITS = {200_000: "model.onnx.data", 20_000: "model.onnx", 500_000: "tokenizer.
 
 CHILD = """
 import functools, json, resource, sys
-from artifacts import wrapped
+import cdsurgery
+from families import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from cdsurgery import ArtifactError, export
@@ -25,12 +26,13 @@ from cdsurgery.export import onnx as exporting
 
 vocabulary = {f"word{number}": number for number in range(40_000)}
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")))
+model = cdsurgery.wrap(tiny_model("llama", num_hidden_layers=2), lookback=1)
 trace = functools.cache(exporting._trace)  # once, as it is writing that fails
 exporting._trace = lambda *of: trace(*of).clone()
 for limit in json.loads(sys.argv[2]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        export.to_onnx(wrapped("llama"), sys.argv[1], tokenizer=tokenizer, parity=False)
+        export.to_onnx(model, sys.argv[1], tokenizer=tokenizer, parity=False)
     except ArtifactError as error:
         print(json.dumps(str(error)))
     else:

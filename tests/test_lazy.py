@@ -12,7 +12,7 @@ from torch import Tensor
 import cdsurgery
 from cdsurgery import ConfidentOutput
 from cdsurgery.entropy import MEASURES, Measure
-from cdsurgery.lazy import select_lazily
+from cdsurgery.lazy import can_look, select_lazily
 from cdsurgery.trough import select
 from cdsurgery.unembedding import few_rows_unembedding
 from cdsurgery.zoo import LAYERS
@@ -147,6 +147,14 @@ def counting(model: Any, linear: Any, rows: list[int]) -> Any:
         return linear(state, weight, *bias)
 
     return count
+
+
+def test_nobody_looks_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for captures in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captures=captures: captures)
+        assert can_look(gpu) != captures
+        assert can_look(cpu)
 
 
 def test_a_gradient_reaches_the_selected_layers_logits() -> None:

@@ -158,7 +158,7 @@ def off(found: Any, truth: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @every_family
-@every_target
+@every_graph
 def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, target: Target, batch: int) -> None:
     graph, (ids, mask) = client(family, target), text(batch)
     prompt = run(graph, ids[:, :PROMPT], mask[:, :PROMPT])
@@ -182,7 +182,7 @@ def test_a_graph_is_transformers_at_every_length_padding_and_past(family: str, t
 
 
 @every_family
-@every_target
+@every_graph
 def test_padding_leaves_no_trace_in_a_row(family: str, target: Target) -> None:
     graph, ids, mask = client(family, target), token_ids(2, 70), torch.ones(2, 70, dtype=torch.int64)
     mask[1, :9] = 0
@@ -214,7 +214,7 @@ def test_a_half_precision_graph_keeps_recurrent_states_in_float32(target: Target
 
 @every_graph
 def test_a_graph_is_small_whatever_the_length_and_passes_the_checker(target: Target) -> None:
-    graphs = client("qwen3_5_text", target), client("qwen3_5_text", target, layers=6)
+    graphs = client("qwen3_5_text", target), client("qwen3_5_text", target, layers=4)
     small, large = (onnx.load(graph.path) for graph in graphs)
     if target == "portable":  # ONNX Runtime's own operators are not ONNX's
         onnx.checker.check_model(small, full_check=True)
@@ -223,8 +223,8 @@ def test_a_graph_is_small_whatever_the_length_and_passes_the_checker(target: Tar
     assert next(opset.version for opset in small.opset_import if not opset.domain) == 20
     counts = [[node.op_type for node in _all_nodes(model.graph)] for model in (small, large)]
     operator = "LinearAttention" if target == "cpu" else "Scan"
-    assert [names.count(operator) for names in counts] == [2, 4]
-    assert len(counts[1]) - len(counts[0]) < 600  # for three layers; the unrolled loop has 3,500 a layer
+    assert [names.count(operator) for names in counts] == [2, 3]
+    assert len(counts[1]) - len(counts[0]) < 300  # the unrolled loop has 3,500
 
 
 def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

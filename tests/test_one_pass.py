@@ -1,4 +1,4 @@
-"""The fused scan against the full one: the same selection, from one reading of the unembedding."""
+"""The fused scan against the full one: the same selection. How often it reads the unembedding: test_readings.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model, token_ids
-from support import Operations, data_dependent
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdsurgery
 import cdsurgery.kernels.unembed_sums
@@ -124,81 +122,6 @@ def test_broken_candidates_never_win_and_draws_are_kept(
         assert measured[~looked].isnan().all()
     torch.testing.assert_close(measured[looked], full[2][looked], rtol=1e-5, atol=1e-6, equal_nan=True)
     assert measured[looked].isnan().any()
-
-
-@pytest.mark.parametrize("allowed", [False, True], ids=["no row", "every row"])
-@torch.no_grad()
-def test_the_second_reading_is_of_the_rows_that_go_on(allowed: bool) -> None:
-    model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")
-    final, *earlier = states_of_all_layers(model)
-    with Largest(model.lm_head.weight) as seen:
-        passed = OnePass(Tail(model, model.anatomy, fused_unembedding(model, model.anatomy)), earlier, True)
-        product = passed(unembedding_input(model, model.anatomy, final))
-        logits = logits_of_products(model, model.anatomy, product)
-        _, depth, _ = passed.select(logits, torch.full((3, 9), allowed))
-    going, further = int((depth > 0).sum()), int((depth > 1).sum())
-    assert (going > further > 0) == allowed
-    # More than 64 rows are not written, so that the chosen ones are multiplied again.
-    assert seen.rows == [2 * 27, (LOOKBACK - 1) * going, further]
-    assert seen.products == 0
-
-
-@torch.no_grad()
-def test_generate_writes_the_same_text_with_no_more_rows_than_it_needs() -> None:
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    fused, full = (cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan) for scan in ("fused", "full"))
-    with Largest(fused.lm_head.weight) as seen:
-        text = fused.generate(IDS, **options)
-    assert torch.equal(text, full.generate(IDS, **options))
-    depth = (LAYERS - full(text[:, :-1]).selected_layer)[:, IDS.shape[1] - 1 :]
-    assert sum(seen.rows) == 2 * depth.numel() + (LOOKBACK - 1) * int((depth > 0).sum())
-    assert seen.products == 0
-    assert not fused(IDS, logits_to_keep=1).entropy.isnan().any()  # in a call of one's own
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that an operation in it returned, and what the given weight was multiplied with."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight, self.numbers, self.products = weight, 0, 0
-        self.rows: list[int] = []  # of each pass
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        of_weight = any(isinstance(one, Tensor) and one.data_ptr() == self.weight.data_ptr() for one in args)
-        if of_weight and "unembed_sums" in str(func):
-            self.rows.append(int(args[8]) if len(args) > 8 else len(args[0]))  # those that count
-        self.products += of_weight and str(func) in ("aten.mm.default", "aten.addmm.default")
-        returned = result if isinstance(result, (tuple, list)) else [result]
-        self.numbers = max([self.numbers, *(one.numel() for one in returned if isinstance(one, Tensor))])
-        return result
-
-
-@pytest.mark.parametrize("keep", [0, 1], ids=["projected again", "written"])
-@torch.no_grad()
-def test_the_unembedding_is_read_once_for_all_layers(keep: int) -> None:
-    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
-    with Largest(model.lm_head.weight) as seen:
-        out = model(input_ids=IDS, logits_to_keep=keep)
-    moved = [int((out.selected_layer < LAYERS).sum())] if keep == 0 else []  # whose products are made again
-    assert (seen.rows, seen.products) == ([out.entropy.numel(), *moved], 0)
-    assert seen.numbers <= max(out.logits.numel(), VOCABULARY * HIDDEN)
-    # Who keeps what a step returned does not keep the logits of all candidates.
-    for logits in (out.logits, out.final_logits):
-        assert logits.untyped_storage().nbytes() == logits.nbytes
-
-
-@pytest.mark.parametrize("tokens", [1, 9], ids=["written", "projected again"])
-@torch.no_grad()
-def test_a_step_of_generate_goes_by_no_value_so_that_it_can_be_captured(tokens: int) -> None:
-    for scan in ("fused", "lazy"):
-        model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
-        model._generating = True
-        with Operations() as run:
-            out = model(IDS[:, :tokens])
-        assert bool(data_dependent(run.names)) == (scan == "lazy")
-        assert out.selected_layer.min() < LAYERS
 
 
 def head_of(model: Any) -> Any:

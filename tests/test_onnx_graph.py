@@ -10,13 +10,13 @@ import onnx
 import pytest
 import torch
 from artifacts import EXPORTED, LOOKBACK, Client, artifact, padded, wrapped
-from families import algorithm_1, token_ids
+from families import algorithm_1, mostly, token_ids
 from torch import Tensor
 
 LAYERS = 4
 # (batch, prompt, continuation): one token and many, on an empty and a filled cache, batches the sample never had.
 SHAPES = [(1, 1, 1), (1, 9, 1), (2, 3, 4), (3, 7, 1), (4, 12, 5), (5, 2, 9), (1, 40, 3), (2, 65, 1)]
-every_family = pytest.mark.parametrize("family", EXPORTED)
+every_family = pytest.mark.parametrize("family", mostly(["llama"], EXPORTED))
 
 # float32 in another order of summation. Both logits and entropies in parts of the row's largest logit, of some tens:
 # PyTorch itself is up to 2e-6 away from float64 in these logits, and up to 1e-5 nats in these entropies.

@@ -94,7 +94,7 @@ def test_what_scoring_holds_does_not_grow_with_the_candidates(tmp_path: Path) ->
     """512 positions of a vocabulary of 32,768: the logits of one candidate are 64 MB."""
     one = 512 * 32768 * 4 / 1024
     used = []
-    for lookback in (1, 3):
+    for lookback in (1, 2):
         model = tiny_model("llama", num_hidden_layers=lookback + 1, vocab_size=32768, max_position_embeddings=512)
         wrapped = cdsurgery.wrap(model, lookback=lookback)
         folder = export.to_onnx(wrapped, tmp_path / str(lookback), positions="score", parity=False)
@@ -102,4 +102,4 @@ def test_what_scoring_holds_does_not_grow_with_the_candidates(tmp_path: Path) ->
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         used.append(int(run.stdout) / one)
     assert used[0] > 1  # the measurement sees what the graph holds
-    assert used[1] < used[0] + 1, used
+    assert used[1] < used[0] + 0.5, used

@@ -118,7 +118,8 @@ class EngineSession:
         }
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        self._ready(self._contexts[index], inputs, outputs)()
+        with torch.cuda.stream(self._stream):  # which makes its device the current one
+            self._ready(self._contexts[index], inputs, outputs)()
         current.wait_stream(self._stream)
         return outputs
 
