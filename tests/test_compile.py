@@ -43,7 +43,10 @@ class Backend:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
-@pytest.mark.parametrize(("family", "scan"), [("llama", "auto"), ("gpt_oss", "auto"), ("llama", "fused")])
+@pytest.mark.parametrize(
+    ("family", "scan"),
+    [("llama", "auto"), ("llama", "fused"), pytest.param("gpt_oss", "auto", marks=pytest.mark.thorough)],
+)
 def test_a_decode_step_compiles_whole_and_selects_as_the_uncompiled_one(family: str, scan: str) -> None:
     model = tiny_model(family, num_hidden_layers=LAYERS)
     plain = Backend()

@@ -27,7 +27,7 @@ ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gemm
 # fmt: on
 HYBRIDS = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
 FAMILIES = ATTENTION + HYBRIDS
-USUAL = ["llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gpt2", "qwen3_5_text"]
+USUAL = ["llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text"]
 every_family = pytest.mark.parametrize("family", mostly(USUAL, FAMILIES))
 
 # (batch, prompt, chunks that continue the cache): one token and many, past the windows of 4 tokens, batches the sample
@@ -162,7 +162,7 @@ def test_tensorrt_reads_the_graph(family: str) -> None:
     assert names == Client(artifact(family)).outputs
 
 
-@pytest.mark.parametrize("family", mostly(["qwen3_5_text"], ["llama", "gemma2", "gpt_oss", "qwen3_5_text"]))
+@pytest.mark.parametrize("family", mostly(["gpt_oss"], ["llama", "gemma2", "gpt_oss", "qwen3_5_text"]))
 def test_half_precision_is_as_exact_as_pytorch_in_it(family: str) -> None:
     """The export itself compares; here both are held against float32 on the same weights."""
     folder = artifact(family, dtype=torch.float16)
@@ -205,6 +205,7 @@ def _float(family: str, dtype: torch.dtype) -> Any:
     return copy.deepcopy(wrapped(family, dtype)).float()
 
 
+@pytest.mark.thorough
 def test_a_bfloat16_graph_for_another_runtime_is_written_unverified_and_says_so(tmp_path: Path) -> None:
     """ONNX Runtime's CPU has no bfloat16 kernels; TensorRT, for which such a graph is made, is not here."""
     model = wrapped("llama", torch.bfloat16)

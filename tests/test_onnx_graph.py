@@ -160,6 +160,7 @@ def test_every_weight_is_stored_once(family: str) -> None:
     assert parameters <= size < 1.02 * parameters + 8192
 
 
+@pytest.mark.thorough
 def test_a_probability_between_zero_and_one_is_drawn_inside_the_graph() -> None:
     options = {"probability": 0.5, "seed": 7}
     ids, mask = token_ids(6, 40), torch.ones(6, 40, dtype=torch.int64)

@@ -293,6 +293,7 @@ def test_what_cannot_be_quantised_is_said_before_anything_is_written(tmp_path: P
     assert main(["export", "onnx", "nowhere", str(tmp_path / "a"), "--keep-head"]) == 2
 
 
+@pytest.mark.thorough
 def test_experts_stay_float_and_the_manifest_says_so(tmp_path: Path) -> None:
     """A graph picks their rows by token before it multiplies: that is no product with a constant matrix."""
     model = cdsurgery.wrap(tiny_model("qwen3_moe", num_hidden_layers=2), lookback=1)
@@ -312,6 +313,7 @@ def test_logging_is_as_it_was() -> None:
     assert (root.handlers, root.level) == (handlers, level)
 
 
+@pytest.mark.thorough
 def test_the_command_line_quantises(folder: Path, tmp_path: Path) -> None:
     arguments = ["export", "onnx", str(folder), str(tmp_path / "out"), "--quantize", "int4", "--keep-head"]
     assert main([*arguments, "--lookback", "1"]) == 0

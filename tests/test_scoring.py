@@ -89,6 +89,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_what_scoring_holds_does_not_grow_with_the_candidates(tmp_path: Path) -> None:
     """512 positions of a vocabulary of 32,768: the logits of one candidate are 64 MB."""

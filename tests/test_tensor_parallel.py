@@ -14,7 +14,7 @@ RANK = Path(__file__).with_name("tensor_parallel.py")
 
 
 # A softcap between its head and its logits; a vocabulary that two ranks cannot share evenly; a bias.
-@pytest.mark.parametrize("family", mostly(["gemma2", "llama"], ["gemma2", "llama", "phi"]))
+@pytest.mark.parametrize("family", mostly(["gemma2"], ["gemma2", "llama", "phi"]))
 def test_two_ranks_select_what_one_does_and_gather_no_candidates(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     if family == "llama":

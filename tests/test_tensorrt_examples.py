@@ -17,6 +17,7 @@ from cdsurgery import export
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.thorough
 def test_the_plain_artifact_projects_one_row_and_says_the_same(tmp_path: Path) -> None:
     model = wrapped("llama")
     plain = plain_artifact(model, tmp_path / "plain")

@@ -78,7 +78,11 @@ def test_an_engine_of_the_head_is_built_and_describes_itself(tmp_path: Path, dty
         ("head", {"batch": "1 to 4", "sequence": "1 to 1"})
     ]
     (states,) = made.signature.inputs
-    assert (states.name, states.dtype, states.axes) == ("states", str(dtype)[6:], (3, "batch", "sequence", 64))
+    assert (states.name, states.dtype, states.axes) == (
+        "states",
+        str(dtype)[6:],
+        (model.confident.lookback + 1, "batch", "sequence", 64),
+    )
     assert [spec.name for spec in made.signature.outputs] == list(RESULTS)
     assert {path.name for path in folder.iterdir()} == {"model.engine", "engine.json", "build.log"}
     if not torch.cuda.is_available():
