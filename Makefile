@@ -1,6 +1,6 @@
 # make demo: the small model in this repository decodes a text, in PyTorch and in ONNX Runtime.
 # make test: linters, types and tests that need no GPU. A Triton server, from PyPI, runs in one of them.
-# make thorough: those on every family that is exported, where make test takes one of a kind; half an hour.
+# make thorough: also those whose graphs are like others, such as every family that is exported; half an hour.
 # make clients: tests of clients that need an older transformers than ours, in an environment of their own.
 # make families: docs/families.md anew, for the transformers that is installed.
 # make tensorrt-families: the table of docs/tensorrt.md anew, with the TensorRT that is installed.
