@@ -54,11 +54,10 @@ def stacked(tables: Mapping[int, Table | None]) -> Table:
     some = next((table for table in tables.values() if table is not None), Table((), ()))
     rows: list[tuple[Cell, ...]] = []
     for batch, table in tables.items():
-        rows += (
-            [(batch, "does not fit", *[None] * (len(some.columns) - 1))]
-            if table is None
-            else [(batch, *row) for row in table.rows]
-        )
+        if table is None:
+            rows.append((batch, "does not fit", *[None] * (len(some.columns) - 1)))
+        else:
+            rows += [(batch, *row) for row in table.rows]
     return Table(("batch", *some.columns), rows, some.notes)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# The largest file that is allowed -> the first that does not fit: weights of 459 kB, a graph of 60, 30 of vocabulary.
+# The largest file that is allowed -> the first that does not fit; the sizes themselves are looked at in the end.
 LIMITS = {200_000: "model.onnx.data", 20_000: "model.onnx", 500_000: "tokenizer.json"}
 
 CHILD = """

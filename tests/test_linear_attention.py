@@ -41,7 +41,7 @@ PROMPT = 5
 KEY_HEADS, VALUE_HEADS, SIZE = 2, 6, 16  # three heads of values for each of keys: 2 by 2 would hide an exchange
 every_target = pytest.mark.parametrize("target", TARGETS)
 USUAL = ("qwen3_5_text",)
-every_graph = pytest.mark.parametrize("target", mostly(["portable"], TARGETS))  # of its kind
+every_graph = pytest.mark.parametrize("target", mostly(["portable"], TARGETS))  # where whole models are traced
 every_family = pytest.mark.parametrize("family", mostly(USUAL, HYBRIDS))
 
 
