@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 from benchmarks.machine import Limits
+from cdsurgery.readings import reading_plan
 
 
 class Roofline:
     """Seconds of the parts of a step.
 
     Args:
-        model: of the shape; on the meta device will do.
+        model: of the shape; one on the meta device stands for one on an accelerator.
         limits: the machine's.
     """
 
     def __init__(self, model: Any, limits: Limits) -> None:
-        self.config, self.limits = model.config, limits
+        self.config, self.device, self.limits = model.config, model.device, limits
         self.vocabulary, self.width = model.get_output_embeddings().weight.shape
         self.element = model.dtype.itemsize
         count = {name: weight.numel() for name, weight in model.named_parameters()}
@@ -35,21 +36,23 @@ class Roofline:
         """Way -> seconds, on a cache of so many bytes, where `rate` of the rows move, by one layer.
 
         "lazy" projects every row twice and those that moved once more; "full" all candidates in two products, the
-        model's own and ours, whose logits are written and read; "one pass" all of them in one product. "fused" takes
-        the cheaper of two ways: all in one product, whose results are written, or two rows for every row in one, and
-        all others of the rows that moved in another.
+        model's own and ours, whose logits are written and read; "one pass" all of them in one product. "fused" reads as
+        `reading_plan` has it: some layers of every row in one product, whose results are written, and where those are
+        too few for a row that moves, more of the rows that did in another.
         """
         unwrapped = self.unwrapped(batch, cache)
         some, moving = 1 - (1 - rate) ** batch, max(1, rate * batch)  # how often a row moves, and how many do then
         logits = 2 * lookback * batch * self.vocabulary * 4 / self.limits.bandwidth
         body, row = unwrapped - self.product(batch), self.vocabulary * self.element / self.limits.bandwidth
-        rest = some * (self.product((lookback - 1) * moving) + (lookback - 1) * moving * row)
-        at_once = self.product((lookback + 1) * batch) + lookback * batch * row
+        first, *later = reading_plan(self.device, batch, lookback)
+        fused = self.product((first + 1) * batch) + first * batch * row
+        if later and first == 1:
+            fused += some * (self.product(later[0] * moving) + later[0] * moving * row)
         return {
             "unwrapped": unwrapped,
             "lazy": unwrapped + self.product(batch) + some * self.product(moving),
             "full": unwrapped + self.product(lookback * batch) + logits,
-            "fused": body + min(at_once, self.product(2 * batch) + batch * row + rest),
+            "fused": body + fused,
             "one pass": body + self.product((lookback + 1) * batch) + logits,
         }
 

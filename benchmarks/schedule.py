@@ -18,7 +18,7 @@ from cdsurgery.entropy import MEASURES
 class Schedule:
     """A measure whose rows move one layer back with a given probability, and no further.
 
-    The paper's 11.5 % of tokens that move, with a mean depth of 0.116, are such rows (arXiv 2606.21906, table 4).
+    The paper's 11.5 % of tokens that move, with a mean depth of 0.116, are such rows (arXiv 2606.21906, table 5).
 
     Args:
         rate: in [0, 1].
@@ -26,7 +26,7 @@ class Schedule:
 
     def __init__(self, rate: float) -> None:
         self.rate, self.generator = rate, torch.Generator().manual_seed(0)
-        self.calls, self.reads_again = 0, False
+        self.calls = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
         """`[M, B, T, V]` -> `[M, B, T]` in one call, or `[B, T, V]` and then `[R, V]` for each candidate in turn."""
@@ -43,12 +43,13 @@ class Schedule:
         return torch.where(self._moving(measured) & (self.calls == 1), 0.5, 2.0)
 
     def depth(self, entropy: Tensor, _allowed: Tensor | None) -> Tensor:
-        """`[B, T, M]` -> `[B, T]`, in place of the depth that a fused scan finds in them.
+        """`[B, T, M]` -> `[B, T]`, in place of the depth that a fused scan finds in its first reading."""
+        return self._moving(entropy[..., 0]).long()
 
-        It asks once for all rows, and where that was of layers L and L-1 alone, again for those that went on.
-        """
-        again, self.reads_again = self.reads_again and entropy.shape[-1] > 2, entropy.shape[-1] == 2
-        return torch.ones_like(entropy[..., 0], dtype=torch.int64) if again else self._moving(entropy[..., 0]).long()
+    @staticmethod
+    def further(entropy: Tensor) -> Tensor:
+        """The same of a later reading: no row of those that it has goes on."""
+        return torch.ones_like(entropy[..., 0], dtype=torch.int64)
 
     def _moving(self, like: Tensor) -> Tensor:
         # Of a GPU's own generator each replay of a captured step draws other numbers.
@@ -63,5 +64,6 @@ _entropy = MEASURES["entropy"]
 def scheduled(rate: float) -> Iterator[None]:
     """Let wrapped models select by a `Schedule` instead of by entropy."""
     schedule = Schedule(rate)
-    with patch.dict(MEASURES, {"entropy": schedule}), patch("cdsurgery.one_pass.allowed_depth", schedule.depth):
+    fused = {"allowed_depth": schedule.depth, "trough_depth": schedule.further}
+    with patch.dict(MEASURES, {"entropy": schedule}), patch.multiple("cdsurgery.one_pass", **fused):
         yield

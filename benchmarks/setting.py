@@ -19,7 +19,7 @@ class Setting:
         lookback: K.
         batch: rows of a step.
         context: tokens in the cache of each, or of the prompt.
-        rate: the share of rows that move by a layer; the paper's is 0.115 (arXiv 2606.21906, table 4).
+        rate: the share of rows that move by a layer; the paper's is 0.115 (arXiv 2606.21906, table 5).
         new: tokens that are generated end to end.
         rounds: how often each way is timed.
     """

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from cdsurgery.entropy import Measure
 
-# Candidates x rows above which an accelerator is better off with few of them. Up to 184 a pass over the unembedding
-# costs its bytes, whatever the number of rows: a weight of 2 bytes makes 2 operations a row, and an H200 does 790e12
-# operations for every 4.3e12 bytes that it reads. Looking costs a pass more, since of so many rows some go on nearly
-# always; so it pays where multiplying all of them takes as long as two. Computed, and not yet measured on one.
-ACCELERATOR_ROWS = 2 * 184
+# Rows that an accelerator multiplies while it reads the unembedding: a weight of 2 bytes makes 2 operations a row, and
+# an H200 does 790e12 operations for every 4.3e12 bytes that it reads. Computed, and not yet measured on one.
+ACCELERATOR_FREE_ROWS = 184
 
 # (k, rows `[B, T]` bool) -> `[R, V]`, the logits of layer L-k in the R rows that are true.
 Project = Callable[[int, Tensor], Tensor]
@@ -34,11 +32,14 @@ def can_look(device: torch.device) -> bool:
 def fewer_rows_pay(device: torch.device, rows: int) -> bool:
     """Whether multiplying fewer rows pays for one more reading of the unembedding.
 
+    A look costs a reading more, since of so many rows some go on nearly always; so on an accelerator it pays where
+    multiplying all of them takes as long as two.
+
     Args:
         device: of the unembedding.
         rows: M x B x T, all that there are.
     """
-    return device.type == "cpu" or rows > ACCELERATOR_ROWS
+    return device.type == "cpu" or rows > 2 * ACCELERATOR_FREE_ROWS
 
 
 def select_lazily(

@@ -4,28 +4,27 @@ A decoding step takes the time in which it reads its weights, and the unembeddin
 the candidates' own would read it a second time. So their rows join that of the final layer when the model asks for its
 product: an `OpenLinear` stands where its unembedding stood, and a `OnePass` answers in its place.
 
-Many rows cost more to multiply than the unembedding to read. There the first reading takes layers L and L-1, and a
-second one all others of the rows that go on. How many go on is a tensor, which only `unembed_sums` looks at: everything
-here is static tensor operations, as in `cdsurgery.trough`.
+Where nobody asks for all entropies, that pass takes a few of the layers, and rows that descend past those come back in
+later ones (`cdsurgery.readings`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from cdsurgery.anatomy import Anatomy, joined, logits_of_products, unembedded, unembedding_input
-from cdsurgery.entropy import entropy_of_sums
+from cdsurgery.anatomy import Anatomy
 from cdsurgery.errors import UnsupportedModelError
-from cdsurgery.fused import FusedUnembedding, fused_unembedding
-from cdsurgery.lazy import fewer_rows_pay
-from cdsurgery.trough import allowed_depth
+from cdsurgery.fused import fused_unembedding
+from cdsurgery.lazy import can_look
+from cdsurgery.readings import Compaction, Reading, Tail, reading_plan
+from cdsurgery.trough import allowed_depth, trough_depth
 from cdsurgery.unembedding import OpenLinear
 
 
@@ -74,71 +73,6 @@ def one_pass(
         head.instead = None
 
 
-@dataclass(frozen=True)
-class Tail:
-    """A model's tail, and its end as `unembed_sums` takes it."""
-
-    model: PreTrainedModel
-    anatomy: Anatomy
-    unembedding: FusedUnembedding
-
-    def inputs(self, states: Sequence[Tensor]) -> Tensor:
-        """m states of N rows -> what their unembedding multiplies, `[m, N, D]`."""
-        inputs = unembedding_input(self.model, self.anatomy, joined(states, self.anatomy))
-        return inputs.flatten(0, -2).unflatten(0, (len(states), -1))
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """N rows of which some count, and an order in which those come first.
-
-    Attributes:
-        order: `[N]` int64, the place of each row before.
-        place: `[N]` int64, the place of each in that order.
-        active: `[]` int64, how many count.
-    """
-
-    order: Tensor
-    place: Tensor
-    active: Tensor
-
-    @classmethod
-    def of(cls, counts: Tensor) -> Compaction:
-        """From whether each row counts, `[N]` bool."""
-        order = counts.logical_not().argsort(stable=True)
-        return cls(order, order.argsort(), counts.sum())
-
-
-class Reading:
-    """R rows, multiplied while the unembedding is read once.
-
-    Args:
-        inputs: `[R, D]`.
-        written: of how many of the first rows the product is kept.
-        active: `[]` int64, how many of the first rows count; None for all.
-
-    Attributes:
-        entropy: `[R]` float32 nats; NaN in rows that do not count.
-        products: `[written, V]`.
-    """
-
-    def __init__(self, tail: Tail, inputs: Tensor, written: int, active: Tensor | None = None) -> None:
-        self._tail, self._inputs = tail, inputs
-        maximum, s, t, self.products = tail.unembedding.sums(inputs, written, active)
-        self.entropy = entropy_of_sums(maximum, s, t)
-
-    def logits(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Of N of its rows, `[N, V]`, anything where `counts` `[N]` is false; a second product if none was written."""
-        model, anatomy = self._tail.model, self._tail.anatomy
-        if len(self.products) == len(self.entropy):
-            return logits_of_products(model, anatomy, self.products[rows])
-        if torch.is_grad_enabled():
-            return unembedded(model, anatomy, self._inputs[rows])
-        some = Compaction.of(counts)
-        *_, products = self._tail.unembedding.sums(self._inputs[rows[some.order]], len(rows), some.active)
-        return logits_of_products(model, anatomy, products[some.place])
-
-
 class OnePass:
     """What the unembedding is asked for, and what comes of it.
 
@@ -156,11 +90,11 @@ class OnePass:
         # Sums have no gradient, and products get theirs from the layer itself.
         differentiable = torch.is_grad_enabled()
         rows, layers = own.shape[0], len(self._states)
-        spares = self._sparing and not differentiable and fewer_rows_pay(own.device, rows * (layers + 1))
-        self._first = 1 if spares else layers
-        earlier = self._tail.inputs(self._states[: self._first]).to(own.device)
-        keeps_all = not differentiable and self._tail.unembedding.writes(rows * self._first)
-        written = rows * (self._first + 1) if keeps_all else 0 if differentiable else rows
+        spares = self._sparing and not differentiable
+        first, *self._later = reading_plan(own.device, rows, layers) if spares else [layers]
+        earlier = self._tail.inputs(self._states[:first]).to(own.device)
+        keeps_all = not differentiable and self._tail.unembedding.writes(rows * first)
+        written = rows * (first + 1) if keeps_all else 0 if differentiable else rows
         self._reading = Reading(self._tail, torch.cat([own[None], earlier]).flatten(0, 1), written)
         # A copy, so that who keeps the final logits does not keep those of all candidates.
         return None if differentiable else self._reading.products[:rows].clone().unflatten(0, final.shape[:-1])
@@ -173,8 +107,8 @@ class OnePass:
             allowed: as for `select`.
 
         Returns:
-            logits `[B, T, V]`, depth `[B, T]` int64 in [0, K], entropy `[B, T, M]` float32, NaN behind layer L-1 in
-            rows that did not go on.
+            logits `[B, T, V]`, depth `[B, T]` int64 in [0, K], entropy `[B, T, M]` float32, NaN in the layers of
+            readings that the row did not come to.
         """
         # The rows of the first reading are those of layer L, then those of layer L-1, and so on.
         entropy = self._reading.entropy.view(-1, *final.shape[:-1]).movedim(0, -1)
@@ -184,22 +118,28 @@ class OnePass:
         logits = self._reading.logits(rows, back > 0).view(final.shape)
         if len(self._reading.products) < len(self._reading.entropy):  # a second product, of final rows too
             logits = torch.where((depth > 0)[..., None], logits, final)
-        if self._first == len(self._states):
-            return logits, depth, entropy
-        return self._select_further(logits, depth, entropy)
+        for layers in self._later:
+            going = Compaction.of(depth.flatten() == entropy.shape[-1] - 1)
+            if depth.is_cpu and can_look(depth.device) and not going.active:  # on a CPU nobody waits for a look
+                break
+            logits, depth, entropy = self._select_further(logits, depth, entropy, going, layers)
+        unread = len(self._states) + 1 - entropy.shape[-1]
+        return logits, depth, pad(entropy, (0, unread), value=float("nan"))
 
-    def _select_further(self, logits: Tensor, depth: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, of rows that went back as far as the first reading reached, with a second one."""
-        first, later = self._first, self._states[self._first :]
-        going = Compaction.of(depth.flatten() == first)
-        # The rows of the second reading are all layers of one row, then those of the next one.
-        inputs = self._tail.inputs(later).to(depth.device)[:, going.order].movedim(0, 1).flatten(0, 1)
+    def _select_further(
+        self, logits: Tensor, depth: Tensor, entropy: Tensor, going: Compaction, layers: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, of rows that went as far back as has been read, with a reading of so many layers more."""
+        reached = entropy.shape[-1] - 1
+        # Its rows are all layers of one row, then those of the next one.
+        inputs = self._tail.inputs(self._states[reached : reached + layers]).to(depth.device)[:, going.order]
+        inputs = inputs.movedim(0, 1).flatten(0, 1)
         written = len(inputs) if self._tail.unembedding.writes(len(inputs)) else 0
-        reading = Reading(self._tail, inputs, written, going.active * len(later))
-        deeper = reading.entropy.view(-1, len(later))[going.place]
+        reading = Reading(self._tail, inputs, written, going.active * layers)
+        deeper = reading.entropy.view(-1, layers)[going.place]
         entropy = torch.cat([entropy, deeper.view(*depth.shape, -1)], dim=-1)
-        depth = torch.where(depth == first, allowed_depth(entropy, None), depth)
-        further = depth.flatten() - first
-        rows = going.place * len(later) + (further - 1).clamp(min=0)
+        depth = torch.where(depth == reached, trough_depth(entropy), depth)
+        further = depth.flatten() - reached
+        rows = going.place * layers + (further - 1).clamp(min=0)
         chosen = reading.logits(rows, further > 0).view(logits.shape)
-        return torch.where((depth > first)[..., None], chosen, logits), depth, entropy
+        return torch.where((depth > reached)[..., None], chosen, logits), depth, entropy

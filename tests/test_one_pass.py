@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from torch import Tensor
 
 import cdsurgery
 import cdsurgery.kernels.unembed_sums
+import cdsurgery.one_pass
 from cdsurgery import ConfidentOutput, UnsupportedModelError
 from cdsurgery.anatomy import logits_of_products, tail_logits, unembedding_input
 from cdsurgery.entropy import entropy
 from cdsurgery.fused import fused_unembedding
-from cdsurgery.one_pass import OnePass, Tail
+from cdsurgery.one_pass import OnePass
+from cdsurgery.readings import Tail, reading_plan
 from cdsurgery.unembedding import OpenLinear
 from cdsurgery.zoo import HIDDEN, LAYERS, VOCABULARY
 
@@ -95,12 +98,16 @@ def states_of_all_layers(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("rows", [slice(0, 9), slice(0, 3)], ids=["projected again", "written"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("sparing", [False, True])
+@pytest.mark.parametrize("readings_of", [None, ("cpu", 1), ("meta", 60), ("meta", 999)], ids=str)
 @pytest.mark.parametrize("lookback", [1, 2, LOOKBACK])
 @torch.no_grad()
 def test_broken_candidates_never_win_and_draws_are_kept(
-    rows: slice, share: float, sparing: bool, lookback: int
+    rows: slice, share: float, readings_of: tuple[str, int] | None, lookback: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sparing = readings_of is not None
+    if sparing:
+        plan = reading_plan(torch.device(readings_of[0]), readings_of[1], lookback)
+        monkeypatch.setattr(cdsurgery.one_pass, "reading_plan", lambda *_: plan)
     model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")
     final, *earlier = (state[:, rows] for state in states_of_all_layers(model)[: lookback + 1])
     allowed = (torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < share)[:, rows]
@@ -117,8 +124,9 @@ def test_broken_candidates_never_win_and_draws_are_kept(
     true = torch.where((depth > 0)[..., None], full[0], given)
     torch.testing.assert_close(logits, true, rtol=0, atol=1e-4, equal_nan=True)
     looked = torch.full_like(measured, True, dtype=torch.bool)
-    if sparing:  # who stays at layer L is not looked at beyond L-1
-        looked[..., 2:] = (depth > 0)[..., None]
+    if sparing:  # who stops within a reading is in none after it
+        for end in itertools.accumulate(plan):
+            looked[..., end + 1 :] = (depth >= end)[..., None]
         assert measured[~looked].isnan().all()
     torch.testing.assert_close(measured[looked], full[2][looked], rtol=1e-5, atol=1e-6, equal_nan=True)
     assert measured[looked].isnan().any()

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdsurgery
-import cdsurgery.lazy
+import cdsurgery.one_pass
+import cdsurgery.readings
 from benchmarks.machine import captured
 from cdsurgery.anatomy import logits_of_products, unembedding_input
 from cdsurgery.fused import fused_unembedding
-from cdsurgery.one_pass import OnePass, Tail
+from cdsurgery.one_pass import OnePass
+from cdsurgery.readings import Tail
 from cdsurgery.zoo import HIDDEN, LAYERS, VOCABULARY
 
 LOOKBACK = 4
@@ -42,21 +44,39 @@ class Largest(TorchDispatchMode):
         return result
 
 
+# On a CPU; on an accelerator with few rows, and with many.
+PLANS = [[1, 1, 2], [2, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("looks", [False, True], ids=["captured", "on a CPU"])
 @pytest.mark.parametrize("allowed", [False, True], ids=["no row", "every row"])
 @torch.no_grad()
-def test_the_second_reading_is_of_the_rows_that_go_on(allowed: bool) -> None:
+def test_later_readings_are_of_the_rows_that_go_on(
+    plan: list[int], looks: bool, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cdsurgery.one_pass, "reading_plan", lambda *_: plan)
+    monkeypatch.setattr(cdsurgery.one_pass, "can_look", lambda _: looks)
     model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")
     final, *earlier = torch.randn(LOOKBACK + 1, 3, 9, HIDDEN, generator=torch.Generator().manual_seed(0))
-    with Largest(model.lm_head.weight) as seen:
+    with Largest(model.lm_head.weight) as seen, Operations() as run:
         passed = OnePass(Tail(model, model.anatomy, fused_unembedding(model, model.anatomy)), earlier, True)
         product = passed(unembedding_input(model, model.anatomy, final))
         logits = logits_of_products(model, model.anatomy, product)
-        _, depth, _ = passed.select(logits, torch.full((3, 9), allowed))
-    going, further = int((depth > 0).sum()), int((depth > 1).sum())
-    assert (going > further > 0) == allowed
-    # More than 64 rows are not written, so that the chosen ones are multiplied again.
-    assert seen.rows == [2 * 27, (LOOKBACK - 1) * going, further]
+        _, depth, entropy = passed.select(logits, torch.full((3, 9), allowed))
+    assert depth.max() == 3 * allowed
+    rows, reached = [(plan[0] + 1) * 27], plan[0]
+    for layers in plan[1:]:
+        going, further = int((depth >= reached).sum()), int((depth > reached).sum())
+        if looks and going == 0:
+            break
+        # More than 64 rows are not written, so that the chosen ones are multiplied again.
+        rows += [layers * going] + [further] * (layers * 27 > 64)
+        reached += layers
+    assert seen.rows == rows
     assert seen.products == 0
+    assert bool(data_dependent(run.names)) == looks
+    assert entropy.shape == (3, 9, LOOKBACK + 1)
 
 
 @torch.no_grad()
@@ -67,7 +87,7 @@ def test_generate_writes_the_same_text_with_no_more_rows_than_it_needs() -> None
         text = fused.generate(IDS, **options)
     assert torch.equal(text, full.generate(IDS, **options))
     depth = (LAYERS - full(text[:, :-1]).selected_layer)[:, IDS.shape[1] - 1 :]
-    assert sum(seen.rows) == 2 * depth.numel() + (LOOKBACK - 1) * int((depth > 0).sum())
+    assert sum(seen.rows) == sum(int(n) for n in (2 * depth.numel(), (depth > 0).sum(), 2 * (depth > 1).sum()))
     assert seen.products == 0
     assert not fused(IDS, logits_to_keep=1).entropy.isnan().any()  # in a call of one's own
 
@@ -88,7 +108,10 @@ def test_the_unembedding_is_read_once_for_all_layers(keep: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 9], ids=["written", "projected again"])
 @torch.no_grad()
-def test_a_step_of_generate_goes_by_no_value_so_that_it_can_be_captured(tokens: int) -> None:
+def test_a_step_of_generate_goes_by_no_value_so_that_it_can_be_captured(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cdsurgery.one_pass, "can_look", lambda _: False)
     for scan in ("fused", "lazy"):
         model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
         model._generating = True
@@ -102,7 +125,7 @@ def test_a_step_of_generate_goes_by_no_value_so_that_it_can_be_captured(tokens: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_a_captured_step_selects_anew_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cdsurgery.lazy, "ACCELERATOR_ROWS", 0)  # two readings
+    monkeypatch.setattr(cdsurgery.readings, "ACCELERATOR_FREE_ROWS", 0)  # two readings
     model: Any = cdsurgery.wrap(tiny_model("llama").cuda(), lookback=LOOKBACK, scan="fused")
     model._generating, ids, outputs = True, IDS.cuda(), []
     step = captured(lambda: outputs.append(model(ids)))
