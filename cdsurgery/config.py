@@ -27,9 +27,10 @@ class ConfidentConfig:
         seed: for the draws of 0 < probability < 1, in [0, 2**32). None takes one from torch's global generator.
         measure: "entropy", or "log_p_squared" to reproduce the authors' published overlay.
         scan: "full" measures all K+1 candidates of every row; "lazy" no more than the scan reaches, for the same
-            selection, and NaN for the other entropies; "auto" is lazy inside of `generate`, where that is cheaper, and
-            full else. "fused" decides as "auto" does, and makes the final logits in the same reading of the unembedding
-            as the first candidates': equal to the model's own but for rounding.
+            selection, and NaN for the other entropies, but in compiled and captured graphs, where it is full; "auto"
+            is lazy inside of `generate`, where that is cheaper, and full else. "fused" makes the final logits in the
+            same reading of the unembedding as the first candidates', equal to the model's own but for rounding; it
+            measures all K+1, but inside of `generate` only as far as `cdsurgery.readings` plans.
     """
 
     lookback: int | float = DEFAULT_LOOKBACK

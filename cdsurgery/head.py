@@ -133,7 +133,9 @@ class ConfidentHead(nn.Module):
             return False
         if self.confident.scan == "lazy":
             return True
-        return self._generating and fewer_rows_pay(final.device, (len(self._taps.states) + 1) * len(final))
+        return self._generating and fewer_rows_pay(
+            final.device, (len(self._taps.states) + 1) * final.shape[:-1].numel()
+        )
 
     def _plain_forward(self, **inputs: Any) -> Any:
         return (self._placed_forward or super().forward)(**inputs, **self._as_dict)

@@ -32,8 +32,8 @@ def can_look(device: torch.device) -> bool:
 def fewer_rows_pay(device: torch.device, rows: int) -> bool:
     """Whether multiplying fewer rows pays for one more reading of the unembedding.
 
-    A look costs a reading more, since of so many rows some go on nearly always; so on an accelerator it pays where
-    multiplying all of them takes as long as two.
+    Each look is one more reading, as of that many rows some nearly always go on. So on an accelerator it pays once
+    multiplying all rows takes as long as two readings.
 
     Args:
         device: of the unembedding.

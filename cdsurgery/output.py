@@ -21,8 +21,8 @@ class ConfidentOutput(ModelOutput):
         final_logits: `[B, T, V]`, what the model returned before it was wrapped, bit for bit; but for rounding with
             `scan="fused"`.
         selected_layer: `[B, T]` int64 in [L-K, L]; layers are counted 1..L.
-        entropy: `[B, T, M]` float32, nats; index k is layer L-k. NaN where a lazy scan did not look (`scan`), or a
-            candidate is broken. None where `probability=0`: nothing is computed.
+        entropy: `[B, T, M]` float32, nats; index k is layer L-k. NaN where a candidate is broken, or `generate` or a
+            lazy scan did not look (`scan`). None where `probability=0`: nothing is computed.
     """
 
     logits: Tensor | None = None

@@ -101,7 +101,12 @@ class Reading:
         self.entropy = entropy_of_sums(maximum, s, t)
 
     def logits(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Of N of its rows, `[N, V]`, anything where `counts` `[N]` is false; a second product if none was written."""
+        """Of N of its rows, `[N, V]`, anything where `counts` is false; a second product unless all were written.
+
+        Args:
+            rows: `[N]` int64, their places in the reading.
+            counts: `[N]` bool.
+        """
         model, anatomy = self._tail.model, self._tail.anatomy
         if len(self.products) == len(self.entropy):
             return logits_of_products(model, anatomy, self.products[rows])

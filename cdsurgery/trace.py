@@ -2,7 +2,7 @@
 
 `generate` returns tokens only. This looks over its shoulder, in PyTorch and in a runtime of `cdsurgery.export` alike:
 
-    trace = trace_generation(model, inputs, max_new_tokens=64, do_sample=False)
+    trace = trace_generation(model, inputs, layers=28, max_new_tokens=64, do_sample=False)
     [(token.token, token.selected_layer) for token in trace.tokens if token.changed]
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cdsurgery.errors import InvalidInputError
 from cdsurgery.output import ConfidentOutput
 
 
@@ -82,7 +83,15 @@ def trace_generation(model: Any, inputs: dict[str, Tensor], *, layers: int, **op
 
     Returns:
         The new tokens; the prompt is not among them.
+
+    Raises:
+        InvalidInputError: there are several prompts, beams or answers.
     """
+    several = {"prompts": inputs["input_ids"].shape[0]}
+    for name in ("num_beams", "num_return_sequences"):
+        several[name] = options.get(name) or getattr(model.generation_config, name, None) or 1
+    if found := [f"{name}={count}" for name, count in several.items() if count != 1]:
+        raise InvalidInputError(f"A trace follows one text, and there are {', '.join(found)}. Trace one at a time.")
     prompt_length = inputs["input_ids"].shape[1]
     with _observed(model) as steps:
         sequence = model.generate(**inputs, **options)[0]

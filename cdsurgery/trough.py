@@ -46,7 +46,7 @@ def pick(candidates: Tensor, depth: Tensor) -> Tensor:
     """Take, for every row, the candidate at its depth.
 
     Args:
-        candidates: `[M, B, T, V]`, index k belongs to layer L-k; or other rows in place of those of logits.
+        candidates: `[M, B, T, V]`, index k belongs to layer L-k; or any `[M, B, T, ..]`.
         depth: `[B, T]` int64 in [0, M-1].
 
     Returns:

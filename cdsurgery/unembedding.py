@@ -11,7 +11,7 @@ reading W for up to three of them, and oneDNN, which PyTorch carries and does no
 | 4 | 118 | 48 | 32 | 22 |
 | 11 | 140 | 91 | 39 | 22 |
 
-The logits differ in their last bits, so the model's own final logits are never computed like this.
+The logits differ in their last bits, so only scan='fused' computes final logits like this.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class OpenLinear(nn.Linear):
 
 
 def few_rows_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> Callable[[Tensor], Tensor] | None:
-    """`[..., D]` -> `[..., V]` as the model's unembedding does it; None where it is to be called itself.
+    """`[..., D]` -> `[..., V]` as the model's unembedding does it; None where that has to be called itself.
 
-    It is, unless it is a plain linear layer in float32 on a CPU that nobody watches or has replaced the forward of.
+    Which is everywhere but with a plain float32 linear layer on a CPU that has no hooks and its own forward.
     """
     head: Any = model.get_submodule(anatomy.unembedding)
     if linear_flaw(head) is not None or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:

@@ -9,7 +9,7 @@ from torch import nn
 
 from cdsurgery.anatomy import Anatomy
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
-from cdsurgery.errors import SurgeryError
+from cdsurgery.errors import InvalidInputError, SurgeryError
 from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
 from cdsurgery.loading import load_causal_lm
 from cdsurgery.one_pass import close_, open_
@@ -42,9 +42,9 @@ def wrap(
         seed: for 0 < probability < 1; None draws one from torch's global generator.
         measure: "entropy", or "log_p_squared" as in the authors' published overlay.
         scan: "full" for the entropies of all candidates, "lazy" for those alone that decide; "auto" is "full", but
-            inside of `generate` the cheaper of the two. "fused" is quicker than both, as it reads the unembedding
-            once for the final layer and the candidates: on a GPU by a kernel in Triton's language, on a CPU in float32
-            by oneDNN. Its final logits are sums in another order than the model's own, equal but for rounding.
+            inside of `generate` the cheaper of the two. "fused" is quicker, as the final layer and the first
+            candidates share a reading of the unembedding: on a GPU by a kernel in Triton's language, on a CPU in
+            float32 by oneDNN. Its final logits are sums in another order than the model's own, equal but for rounding.
         anatomy: where the layers and the tail are, for a model in which they are not found; proven all the same.
 
     Returns:
@@ -57,6 +57,10 @@ def wrap(
     """
     config = ConfidentConfig(lookback, probability, seed, measure, scan)
     if not isinstance(model, nn.Module):
+        if not isinstance(model, (str, os.PathLike)):
+            raise InvalidInputError(
+                f"model is a {type(model).__name__}; it must be a causal LM, or the folder or Hub id of one."
+            )
         model = load_causal_lm(model)
     host = _adapted_model(model)
     if isinstance(host, ConfidentHead):

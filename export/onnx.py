@@ -83,6 +83,11 @@ def to_onnx(
     if not isinstance(model, ConfidentHead):
         raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
     options = GraphOptions(positions, target, upcast, scan)
+    if quantization is None and not quantize_head:
+        raise InvalidInputError(
+            "quantize_head is False and quantization None: nothing is quantised. Leave quantize_head out, or ask for "
+            "quantization='int4' or 'int8'."
+        )
     if scan == "lazy" and quantization is not None:
         raise InvalidInputError(
             "scan='lazy' keeps its head in float, so quantization must be None; scan='static' can be quantised."

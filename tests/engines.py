@@ -31,6 +31,10 @@ def runs_here() -> bool:
 
 
 needs_gpu = pytest.mark.skipif(not runs_here(), reason="needs a GPU that TensorRT-RTX knows, and a PyTorch with CUDA")
+needs_tensorrt = pytest.mark.skipif(
+    find_spec("tensorrt") is None or not torch.cuda.is_available(),
+    reason="needs a GPU and TensorRT: pip install 'cdsurgery[tensorrt]'",
+)
 
 
 def engine(family: str, **options: Any) -> Path:

@@ -8,6 +8,7 @@ holds as long as its context is not changed. Memory is that of tensors on the CP
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,12 +110,39 @@ class Graph:
         Graph.replays += 1
 
 
+class Engine:
+    """An `ICudaEngine` with `WEIGHTS` bytes to stream; a budget that it refuses changes nothing, silently."""
+
+    WEIGHTS = 5000
+
+    def __init__(self, fake: FakeTensorRT) -> None:
+        self.create_execution_context, self.create_runtime_config = fake.create_context, fake.create_config
+        self.accepts, self.budget = True, self.WEIGHTS
+        self.streamable_weights_size = self.WEIGHTS
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        if self.accepts and budget >= 0:
+            self.budget = min(budget, self.WEIGHTS)
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """With room for a weight that streams."""
+        return 1000 + 500 * (self.budget < self.WEIGHTS)
+
+    def get_tensor_location(self, name: str) -> int:
+        return 0
+
+
 class FakeTensorRT:
     """A module, with what `EngineSession` uses of it; TensorRT-RTX if it `compiles`."""
 
     TensorLocation = SimpleNamespace(HOST=1)
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
-    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
 
     def __init__(self, manifest: EngineManifest, graph: Path, compiles: bool) -> None:
         self.manifest, self.compiles, self.capturable = manifest, compiles, True
@@ -122,19 +150,14 @@ class FakeTensorRT:
         self.graph = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self.__version__, self.ILogger = manifest.version, import_tensorrt("tensorrt_rtx").ILogger
         self.capturing: list[Any] = []
-        self.contexts: list[Context] = []
-        self.kernels = SimpleNamespace(found=[], serialize=lambda: b"kernels")
+        self.contexts: list[Any] = []  # all that there have been
+        self.alive: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.kernels = SimpleNamespace(found=[], serialize=self.compiled)
         self.kernels.deserialize = self.kernels.found.append
         if compiles:
             self.ComputeCapability = object
-        self.engine = SimpleNamespace(
-            device_memory_size_v2=1000,
-            get_tensor_location=lambda name: 0,
-            create_execution_context=self.create_context,
-            create_runtime_config=self.create_config,
-            weight_streaming_budget_v2=None,
-            get_weight_streaming_automatic_budget=lambda: 5000,
-        )
+        self.engine = Engine(self)
+        self.lean_runtimes: list[str] = []
 
     @contextmanager
     def current_device(self) -> Iterator[None]:
@@ -143,18 +166,26 @@ class FakeTensorRT:
         self.device_is_current = False
 
     def Runtime(self, log: Any) -> Any:
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine)
+        runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine)
+        runtime.load_runtime = lambda path: (self.lean_runtimes.append(path), runtime)[1]
+        return runtime
 
     def create_config(self) -> Any:
         assert self.compiles
-        config = SimpleNamespace(cuda_graph_strategy=0, create_runtime_cache=lambda: self.kernels)
+        config = SimpleNamespace(create_runtime_cache=lambda: self.kernels)
         config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
         return config
 
     def create_context(self, config: Any) -> Context:
         assert (config == 2) != self.compiles
-        self.contexts.append(Context(self, config))
-        return self.contexts[-1]
+        context = Context(self, config)
+        self.contexts.append(weakref.proxy(context))
+        self.alive.add(context)
+        return context
+
+    def compiled(self) -> bytes:
+        """What is in the runtime cache when all contexts are gone; those that are there are compiling still."""
+        return b"" if self.alive else b"kernels"
 
 
 def install(monkeypatch: pytest.MonkeyPatch, engine: Path, artifact: Path, compiles: bool = False) -> FakeTensorRT:

@@ -12,7 +12,7 @@ from torch import Tensor
 import cdsurgery
 from cdsurgery import ConfidentOutput
 from cdsurgery.entropy import MEASURES, Measure
-from cdsurgery.lazy import can_look, select_lazily
+from cdsurgery.lazy import can_look, fewer_rows_pay, select_lazily
 from cdsurgery.trough import select
 from cdsurgery.unembedding import few_rows_unembedding
 from cdsurgery.zoo import LAYERS
@@ -147,6 +147,18 @@ def counting(model: Any, linear: Any, rows: list[int]) -> Any:
         return linear(state, weight, *bias)
 
     return count
+
+
+@torch.no_grad()
+def test_generate_counts_the_candidates_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several at once, as where drafted tokens are checked."""
+    model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    model._generating, asked = True, []
+    monkeypatch.setattr(cdsurgery.head, "fewer_rows_pay", lambda _, rows: asked.append(rows))
+    model(input_ids=IDS)
+    assert asked == [(LOOKBACK + 1) * IDS.numel()]
+    assert [fewer_rows_pay(torch.device("cuda"), rows) for rows in (368, 369)] == [False, True]
+    assert fewer_rows_pay(torch.device("cpu"), 1)
 
 
 def test_nobody_looks_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

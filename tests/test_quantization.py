@@ -289,6 +289,8 @@ def test_what_cannot_be_quantised_is_said_before_anything_is_written(tmp_path: P
     half = cdsurgery.wrap(tiny_model("llama", torch.float16), lookback=1)
     with pytest.raises(InvalidInputError, match=r"torch\.float16; ONNX Runtime rounds activations"):
         export.to_onnx(half, tmp_path / "a", quantization="int8")
+    with pytest.raises(InvalidInputError, match=r"nothing is quantised\. Leave quantize_head out"):
+        export.to_onnx(half, tmp_path / "a", quantize_head=False)
     assert not list(tmp_path.iterdir())
     assert main(["export", "onnx", "nowhere", str(tmp_path / "a"), "--keep-head"]) == 2
 

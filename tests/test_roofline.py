@@ -108,7 +108,9 @@ def test_the_roofline_of_a_scan_counts_its_products() -> None:
     assert steps["full"] - steps["unwrapped"] == pytest.approx(6 * head)
     assert steps["fused"] - steps["unwrapped"] == pytest.approx(6 * head)  # an accelerator would not mind
     assert steps["lazy"] - steps["unwrapped"] == pytest.approx((2 + 0.75) * head)
-    computing = Roofline(random_model("tiny", torch.float32), Limits(1e30, 2.0))  # a CPU, which has two readings
+    computing = Roofline(
+        random_model("tiny", torch.float32), Limits(1e30, 2.0)
+    )  # a CPU, which reads one layer after another
     steps = computing.steps(batch=2, cache=0, lookback=3, rate=0.5)
     assert steps["fused"] - steps["unwrapped"] == pytest.approx((2 + 0.75) * head)
 

@@ -70,6 +70,8 @@ def test_what_scores_does_nothing_else_and_nothing_else_scores(runner: OnnxRunne
         runner(ids, targets=torch.full_like(ids, 256))
     with pytest.raises(InvalidInputError, match="at least two tokens"):
         runner.score(ids[:, :1])
+    with pytest.raises(InvalidInputError, match="chunk is 0; it must be at least 1"):
+        runner.score(ids, chunk=0)
 
 
 MEASURE = """

@@ -253,6 +253,8 @@ def test_what_does_not_prove_out_is_refused_with_what_was_found_and_left_as_it_w
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Linear is not a transformers causal LM.*AutoModelForCausalLM"):
         cdsurgery.wrap(nn.Linear(2, 2))
+    with pytest.raises(InvalidInputError, match="model is a NoneType; it must be a causal LM, or the folder"):
+        cdsurgery.wrap(None)  # type: ignore[arg-type]
     with torch.device("meta"), pytest.raises(UnsupportedModelError, match=r"weights on the meta device. Load them"):
         cdsurgery.wrap(LlamaForCausalLM(LLAMA))
 

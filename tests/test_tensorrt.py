@@ -95,11 +95,18 @@ def test_products_stay_whole_and_nan_stays_nan() -> None:
     assert not config.get_flag(trt.BuilderFlag.TF32)
     assert config.get_flag(trt.BuilderFlag.STRICT_NANS)
     assert not config.get_flag(trt.BuilderFlag.REFIT)
-    BuildOptions(targets=("SM86", "SM120"), weight_streaming=True, version_compatible=True).configure(trt, config)
+    BuildOptions(targets=("SM86", "SM120"), weight_streaming=True).configure(trt, config)
     assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    assert config.get_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # which is code for the host
     assert [config.get_compute_capability(n).name for n in range(config.num_compute_capabilities)] == ["SM86", "SM120"]
+
+
+@needs_rtx
+def test_an_engine_for_later_versions_brings_no_code_for_the_host() -> None:
+    flags = BuildOptions(version_compatible=True).flags()
+    assert flags == ["STRICT_NANS", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
+    trt = import_tensorrt(RTX)
+    with pytest.raises(InvalidInputError, match="tensorrt_rtx builds no engines for its later versions"):
+        BuildOptions(version_compatible=True).configure(trt, trt.Builder(make_log(trt)).create_builder_config())
 
 
 @needs_rtx

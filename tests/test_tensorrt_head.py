@@ -87,7 +87,9 @@ def test_an_engine_of_the_head_is_built_and_describes_itself(tmp_path: Path, dty
     assert {path.name for path in folder.iterdir()} == {"model.engine", "engine.json", "build.log"}
     if not torch.cuda.is_available():
         with pytest.raises(InvalidInputError, match="sees none"):
-            export.tensorrt.EngineSession(folder)
+            export.tensorrt.EngineSession(str(folder))
+    with pytest.raises(ArtifactError, match=r"a head alone, which takes states .* EngineSession"):
+        export.load(folder)
 
 
 def test_what_has_no_head_is_refused(tmp_path: Path) -> None:

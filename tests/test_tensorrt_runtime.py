@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from artifacts import artifact, wrapped
-from engines import engine, needs_gpu, needs_rtx, runs_here
+from engines import engine, needs_gpu, needs_rtx, needs_tensorrt, runs_here
 from families import token_ids
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def test_a_run_goes_to_the_narrowest_profile_that_takes_it() -> None:
 
 def steps(made: Signature) -> DecodeSteps:
     _, decode = decoder_profiles(made, 64, batch=3, past=20)
-    return DecodeSteps(made, decode, CPU, captures=True)
+    return DecodeSteps(made, decode, CPU)
 
 
 def test_decode_steps_keep_every_address_and_copy_the_cache_once() -> None:
@@ -210,7 +210,16 @@ def manifest(**changes: Any) -> EngineManifest:
 def test_another_version_of_tensorrt_is_refused_unless_it_is_later_and_may_be() -> None:
     lasting = manifest(flags=("VERSION_COMPATIBLE",))
     check_version(manifest(), "10.9.0")
-    check_version(lasting, "10.10.0")
+    check_version(lasting, "10.9.0")
+    check_version(lasting, "10.10.0", Path(__file__))
+    with pytest.raises(
+        InvalidInputError, match=r"10\.10\.0 runs it in that version's .* libnvinfer_lean\.so\.10\.9\.0"
+    ):
+        check_version(lasting, "10.10.0")
+    with pytest.raises(InvalidInputError, match="lean_runtime is nowhere, which is no file"):
+        check_version(lasting, "10.10.0", Path("nowhere"))
+    with pytest.raises(InvalidInputError, match="was not built with version_compatible"):
+        check_version(manifest(), "10.9.0", Path(__file__))
     for made, version in ((manifest(), "10.10.0"), (manifest(), "10.8.0"), (lasting, "10.8.0")):
         with pytest.raises(ArtifactError, match=rf"built by tensorrt 10\.9\.0, and {version} is installed"):
             check_version(made, version)
@@ -228,6 +237,7 @@ def test_another_gpu_is_refused_where_the_engine_is_for_one(monkeypatch: pytest.
     for fine in (
         manifest(),
         manifest(gpu="B (8.9)", portable=True),
+        manifest(gpu=None),
         manifest(package="tensorrt_rtx", gpu=None),
         manifest(package="tensorrt_rtx", gpu=None, targets=("SM80", "SM89")),
     ):
@@ -246,7 +256,9 @@ def test_onnx_runtimes_tensorrt_provider_gets_shapes_and_caches(
         with pytest.raises(InvalidInputError, match=r"providers is 'tensorrt', and this ONNX Runtime has .*CPU"):
             export.load(folder, providers="tensorrt")
     for options in ({"cache": tmp_path}, {"cuda_graphs": True}):
-        with pytest.raises(InvalidInputError, match="is an ONNX artifact: cuda_graphs is for engines"):
+        with pytest.raises(
+            InvalidInputError, match="is an ONNX artifact: cuda_graphs and lean_runtime are for engines"
+        ):
             export.load(folder, **options)
     monkeypatch.setattr(export.runtime.runner, "OnnxRunner", lambda *arguments: given.append(arguments[2]))
     for provider, prefix in ((TENSORRT, "trt"), (TENSORRT_RTX, "nv")):
@@ -279,9 +291,8 @@ def test_on_a_gpu_an_engine_agrees_with_the_model() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("graphs", [False, True])
-def test_on_a_gpu_generate_gives_the_tokens_of_pytorch_and_the_cache_stays(graphs: bool, tmp_path: Path) -> None:
-    runner = export.load(engine("llama"), cache=tmp_path, cuda_graphs=graphs)
+def test_on_a_gpu_generate_gives_the_tokens_of_pytorch_and_the_cache_stays(tmp_path: Path) -> None:
+    runner = export.load(engine("llama"), cache=tmp_path)
     ids = token_ids(2, 5)
     for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
         truth = wrapped("llama").generate(ids, max_new_tokens=12, **options)
@@ -296,12 +307,17 @@ def test_on_a_gpu_generate_gives_the_tokens_of_pytorch_and_the_cache_stays(graph
     assert list(tmp_path.iterdir())  # the kernels that were compiled
 
 
-@gpu
-def test_on_a_gpu_the_cache_of_a_replayed_step_is_refused_once_it_is_overwritten() -> None:
-    runner = export.load(engine("llama"), cuda_graphs=True)
-    ids = token_ids(1, 4).cuda()
-    first = runner(ids[:, :1], past_key_values=runner(ids).past_key_values)
-    second = runner(ids[:, :1], past_key_values=first.past_key_values)
+@pytest.mark.gpu
+@needs_tensorrt
+def test_on_a_gpu_captured_steps_give_the_tokens_of_pytorch_and_overwrite_the_cache() -> None:
+    runner = export.load(engine("llama", package="tensorrt", targets=()), cuda_graphs=True)
+    ids = token_ids(2, 5)
+    truth = wrapped("llama").generate(ids, max_new_tokens=12, do_sample=False)
+    for _ in range(2):  # captured, then replayed
+        assert torch.equal(runner.generate(ids.cuda(), max_new_tokens=12, do_sample=False).cpu(), truth)
+    token = ids[:, :1].cuda()
+    first = runner(token, past_key_values=runner(ids.cuda()).past_key_values)
+    second = runner(token, past_key_values=first.past_key_values)
     assert math.isfinite(float(second.entropy.sum()))
     with pytest.raises(InvalidInputError, match="of an earlier step"):
-        runner(ids[:, :1], past_key_values=first.past_key_values)
+        runner(token, past_key_values=first.past_key_values)

@@ -25,8 +25,11 @@ def installed(monkeypatch: pytest.MonkeyPatch, **options: Any) -> FakeTensorRT:
     return install(monkeypatch, engine("llama"), artifact("llama"), **options)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("compiles", [False, True], ids=["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize(
+    ("compiles", "graphs"),
+    [(False, False), (False, True), (True, False)],
+    ids=["tensorrt", "tensorrt, captured", "tensorrt_rtx"],
+)
 def test_generate_gives_the_tokens_of_pytorch(monkeypatch: pytest.MonkeyPatch, graphs: bool, compiles: bool) -> None:
     fake = installed(monkeypatch, compiles=compiles)
     runner = export.load(engine("llama"), cuda_graphs=graphs)
@@ -36,9 +39,15 @@ def test_generate_gives_the_tokens_of_pytorch(monkeypatch: pytest.MonkeyPatch, g
             truth = wrapped("llama").generate(rows, max_new_tokens=9, do_sample=False, **options)
             for _ in range(2):  # captured, then replayed
                 assert torch.equal(runner.generate(rows, max_new_tokens=9, do_sample=False, **options), truth)
-    captures = graphs and not compiles
-    assert (Graph.replays > 0) == captures
-    assert len(fake.contexts) == 2 + (len(runner.session._steps._graphs) if captures else 0)
+    assert (Graph.replays > 0) == graphs
+    assert runner.runtime == "tensorrt"
+    assert len(fake.contexts) == 2 + (len(runner.session._steps._graphs) if graphs else 0)
+    assert len(fake.alive) == len(fake.contexts)
+    gc.collect()
+    gc.disable()  # an engine gives its memory back at once, and not when Python next looks for cycles
+    del runner
+    gc.enable()
+    assert not fake.alive
 
 
 def test_a_graph_takes_the_place_of_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +85,29 @@ def test_a_step_that_cannot_be_captured_says_so_and_leaves_no_broken_graph(monke
     assert not fake.capturing
 
 
-@pytest.mark.parametrize("flags", [(), ("WEIGHT_STREAMING",)], ids=str)
-def test_streamed_weights_get_a_budget_before_contexts_are_made(
-    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+def two_caches() -> int:
+    """Bytes: keys and values of 4 rows of 95 + 32 tokens in float32, twice."""
+    config = wrapped("llama").config
+    return 2 * 4 * (95 + 32) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "free", "budget"),
+    [
+        ((), 0, 5000),
+        (("WEIGHT_STREAMING",), 1 << 40, 5000),
+        (("WEIGHT_STREAMING",), 1500 + 3000, 3000),  # 1500 for what is computed and for a weight on its way
+        (("WEIGHT_STREAMING",), -1, 0),
+    ],
+    ids=["none stream", "all fit", "some fit", "none fits"],
+)
+def test_streamed_weights_leave_room_for_a_run_and_are_settled_before_contexts_are_made(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], free: int, budget: int
 ) -> None:
     fake = installed(monkeypatch)
-    budgets: list[int | None] = []
+    free += session.SPARE + two_caches()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 50))
+    budgets: list[int] = []
     make = fake.engine.create_execution_context
 
     def noted(config: Any) -> Any:
@@ -92,13 +118,38 @@ def test_streamed_weights_get_a_budget_before_contexts_are_made(
     manifest = replace(read_engine_manifest(engine("llama")), flags=flags)
     monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
     export.load(engine("llama"))
-    assert budgets == [5000 if flags else None] * 2
+    assert budgets == [budget] * 2
+
+
+def test_a_budget_that_is_refused_in_silence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = installed(monkeypatch)
+    fake.engine.accepts = False
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 40))
+    manifest = replace(read_engine_manifest(engine("llama")), flags=("WEIGHT_STREAMING",))
+    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    with pytest.raises(ArtifactError, match="refuses to keep 0 bytes of its weights"):
+        export.load(engine("llama"))
+
+
+def test_an_engine_of_an_earlier_tensorrt_runs_in_its_lean_runtime(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = installed(monkeypatch)
+    manifest = replace(read_engine_manifest(engine("llama")), flags=("VERSION_COMPATIBLE",))
+    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    fake.__version__ = "99.0"
+    library = tmp_path / "libnvinfer_lean.so.1"
+    library.touch()
+    export.load(engine("llama"), lean_runtime=library)
+    assert fake.lean_runtimes == [str(library)]
+    with pytest.raises(InvalidInputError, match="lean_runtime are for engines"):
+        export.load(artifact("llama"), lean_runtime=library)
 
 
 def test_what_tensorrt_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = installed(monkeypatch)
+    installed(monkeypatch)
     runner = export.load(engine("llama"))
-    prefill = fake.contexts[0]
+    prefill = runner.session._contexts[0]
     for name, message in (
         ("set_input_shape", "refuses input_ids of shape"),
         ("set_tensor_address", "refuses the memory of input_ids"),
@@ -125,13 +176,14 @@ def test_a_runtime_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
 def test_compiled_kernels_are_kept_without_being_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = installed(monkeypatch, compiles=True)
     for earlier in ([], [b"kernels"]):
-        runner = export.load(engine("llama"), cache=tmp_path / "kept", cuda_graphs=True)
+        runner = export.load(engine("llama"), cache=tmp_path / "kept")
         assert fake.kernels.found == earlier
-        assert all(context.config.cache is fake.kernels for context in fake.contexts)
-        assert [context.config.cuda_graph_strategy for context in fake.contexts[-2:]] == [0, 1]  # prefill, decode
+        assert all(context.config.cache is fake.kernels for context in fake.alive)
         del runner
         gc.collect()
         assert [file.read_bytes() for file in (tmp_path / "kept").iterdir()] == [b"kernels"]
+    with pytest.raises(InvalidInputError, match=r"captures by itself .* Load it without cuda_graphs"):
+        export.load(engine("llama"), cuda_graphs=True)
     installed(monkeypatch)
     with pytest.raises(InvalidInputError, match="compiles nothing here: no cache"):
         export.load(engine("llama"), cache=tmp_path)

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cdsurgery
+from cdsurgery.errors import InvalidInputError
 from cdsurgery.trace import TracedToken, trace_generation
 
 LAYERS, LOOKBACK, NEW = 5, 3, 12
@@ -83,3 +84,13 @@ def test_the_model_is_left_as_it_was(model: Any, inputs: dict[str, torch.Tensor]
     with pytest.raises(ValueError, match="temperature"):
         trace_generation(model, inputs, layers=LAYERS, max_new_tokens=2, do_sample=True, temperature=-1.0)
     assert vars(model).keys() == before.keys()
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+def test_several_texts_are_refused(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
+    name, count = next(iter(options.items()))
+    with pytest.raises(InvalidInputError, match=f"follows one text, and there are {name}={count}"):
+        trace_generation(model, inputs, layers=LAYERS, max_new_tokens=2, **options)
+    two = {key: value.repeat(2, 1) for key, value in inputs.items()}
+    with pytest.raises(InvalidInputError, match="prompts=2"):
+        trace_generation(model, two, layers=LAYERS, max_new_tokens=2)

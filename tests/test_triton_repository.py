@@ -169,6 +169,10 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
     (broken / "model.onnx.data").write_bytes(b"cut short")
     with pytest.raises(ArtifactError, match="was changed after"):
         export.to_triton(broken, repository, name="a")
+    manifest["files"]["model.engine"] = {}
+    (mute / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.raises(InvalidInputError, match=r"is a TensorRT engine\. Give the ONNX artifact"):
+        export.to_triton(mute, repository, name="a")
     assert not repository.exists()
 
 
@@ -186,6 +190,8 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
         ({"cache": "/var/cache"}, "it is for providers='tensorrt'"),
         ({"providers": "tensorrt", "kind": "gpu", "cache": "cache"}, "must be an absolute path"),
         ({"queue_timeout_seconds": 0}, "must be a number of seconds above 0"),
+        ({"request_timeout_seconds": "60"}, "is '60'; it must be a number of seconds above 0"),
+        ({"kind": "gpu", "gpus": 0}, "gpus is 0; it must be a tuple"),
         ({"rate_limit": {"memory": 0}}, "whole number of at least 1"),
     ],
 )

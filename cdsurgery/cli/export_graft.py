@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--positions",
         choices=("last", "all"),
         default="last",
-        help="logits for the last token only, as decoding needs (default), or for all, as scoring does",
+        help="logits for the last token only, as decoding needs (default), or for every new token",
     )
     add_wrapping_arguments(parser)
 

@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an architecture to build for, TensorRT-RTX only; may be given several times",
     )
     parser.add_argument("--hardware-compatible", action="store_true", help="for every GPU from Ampere on")
-    parser.add_argument("--version-compatible", action="store_true", help="for later versions of TensorRT too")
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="for later versions of TensorRT too, with the lean runtime of this one",
+    )
     parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in the host's memory")
     parser.add_argument("--refittable", action="store_true", help="weights can be replaced later")
     parser.add_argument("--timing-cache", metavar="FILE", help="what TensorRT measured of kernels, read and written")

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 SUMMARY = "continue a text"
 DESCRIPTION = """\
 Continue a text, each token chosen by the most confident of the last layers. MODEL is a model, which runs in PyTorch, or
-a folder made by `cdsurgery export onnx`, which runs in ONNX Runtime. Greedy unless --sample is given."""
+a folder that `cdsurgery export` made, which runs in ONNX Runtime or TensorRT. Greedy unless --sample is given."""
 EXAMPLE = 'cdsurgery generate examples/tiny_lm "def " --max-new-tokens 48'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a Hub id, or an exported artifact")
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a Hub id, an exported artifact or an engine")
     parser.add_argument("prompt", metavar="PROMPT", help="the beginning of the text")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N tokens (default 64)")
     parser.add_argument("--plain", action="store_true", help="ordinary decoding from the final layer, to compare")
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     screen.result(
         {
             "model": options.model,
-            "runtime": "onnxruntime" if is_artifact(options.model) else "torch",
+            "runtime": getattr(model, "runtime", "torch"),
             "prompt": options.prompt,
             "text": text,
             "prompt_tokens": inputs["input_ids"].shape[1],
@@ -91,7 +91,7 @@ def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int | 
                 f"{options.model} is an exported artifact, whose layer selection was fixed when it was made. Leave out "
                 f"{', '.join(fixed) or '--plain'}, or give the model it was made from."
             )
-        with screen.stage(f"Loading {options.model} into ONNX Runtime"):
+        with screen.stage(f"Loading {options.model}"):
             runner = import_export().load(options.model)
         _seed(options.seed)
         return runner, load_tokenizer(options.model), runner.manifest.layers

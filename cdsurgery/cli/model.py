@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def is_artifact(source: str) -> bool:
-    """Whether this is a folder that `cdsurgery export onnx` made, and not a model."""
+    """Whether this is a folder that `cdsurgery export` made, and not a model."""
     return (Path(source) / "cdsurgery.json").is_file()
 
 

@@ -29,7 +29,7 @@ class Manifest:
     """The manifest of an ONNX artifact.
 
     Attributes:
-        schema_version: of this file; a newer one than this code knows is refused.
+        schema_version: of this file; another than this code knows is refused.
         versions: of the packages that made the artifact.
         model_type, layers: as in the model's config; L.
         confident: the options in force when it was made.
@@ -77,9 +77,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read an artifact's manifest.
 
     Raises:
-        ArtifactError: there is none, it cannot be read, or its schema is newer.
+        ArtifactError: there is none, it cannot be read, or its schema is another.
     """
     path = Path(folder) / NAME
+    if not path.is_file() and (Path(folder) / "engine.json").is_file():
+        raise ArtifactError(
+            f"{folder} is the engine of a head alone, which takes states and no tokens. Open it with "
+            "cdsurgery.export.tensorrt.EngineSession."
+        )
     if not path.is_file():
         raise ArtifactError(f"{folder} is not an artifact: it has no {NAME}. Make one with cdsurgery.export.to_onnx.")
     remedy = "Use the cdsurgery that made it, or make the artifact again."

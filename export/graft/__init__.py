@@ -48,7 +48,7 @@ def graft(
             `genai_config.json` lies beside it.
         folder: the artifact to make; it must not exist.
         lookback, probability, seed, measure: as in `cdsurgery.wrap`.
-        positions: "last" returns logits `[B, 1, V]` of each row's last real token; "all" `[B, S, V]`, for scoring.
+        positions: "last" returns logits `[B, 1, V]` of each row's last real token; "all" `[B, S, V]`, of every new one.
 
     Returns:
         The folder. Inputs and cache have the names they had; `logits` are now those of the selected layer.

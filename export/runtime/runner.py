@@ -58,6 +58,7 @@ def load(
     *,
     cache: str | os.PathLike[str] | None = None,
     cuda_graphs: bool = False,
+    lean_runtime: str | os.PathLike[str] | None = None,
 ) -> Runner:
     """Open an artifact or an engine, after comparing every file with its manifest.
 
@@ -68,11 +69,13 @@ def load(
             with what it needs; None means CPU. An engine takes none.
         cache: a folder where TensorRT keeps what it made for this machine, so that the next load is quick: engines and
             timings with providers="tensorrt", the kernels that TensorRT-RTX compiled for an engine.
-        cuda_graphs: for an engine, replay decode steps as CUDA graphs. The cache then alternates between two memories:
-            a run overwrites what the run before the last one returned.
+        cuda_graphs: for an engine of TensorRT, replay decode steps as CUDA graphs. The cache then alternates between
+            two memories: a run overwrites what the run before the last one returned.
+        lean_runtime: for an engine that another TensorRT built with `version_compatible`: the file of that version's
+            lean runtime. It is loaded as code.
 
     Raises:
-        ArtifactError: it is missing, incomplete, changed, or of a newer schema; an engine is of another TensorRT or for
+        ArtifactError: it is missing, incomplete, changed, or of another schema; an engine is of another TensorRT or for
             another GPU.
         InvalidInputError: a provider is not available, an option is for the other kind, or there is no GPU for an
             engine.
@@ -85,10 +88,12 @@ def load(
     if is_engine:
         if providers is not None:
             raise InvalidInputError(f"{folder} is an engine, which takes no providers. Leave them out.")
-        return EngineRunner(folder, manifest, cache=kept, cuda_graphs=cuda_graphs)
-    if cuda_graphs or (kept is not None and providers != "tensorrt"):
+        library = None if lean_runtime is None else Path(lean_runtime)
+        return EngineRunner(folder, manifest, cache=kept, cuda_graphs=cuda_graphs, lean_runtime=library)
+    if cuda_graphs or lean_runtime is not None or (kept is not None and providers != "tensorrt"):
         raise InvalidInputError(
-            f"{folder} is an ONNX artifact: cuda_graphs is for engines, and cache for engines or providers='tensorrt'."
+            f"{folder} is an ONNX artifact: cuda_graphs and lean_runtime are for engines, and cache for engines or "
+            "providers='tensorrt'."
         )
     if providers == "tensorrt":
         providers = tensorrt_providers(Path(folder), manifest, kept)
@@ -99,6 +104,7 @@ class Runner(GenerationMixin):
     """A decoder outside of PyTorch behind the interface of a transformers model.
 
     Attributes:
+        runtime: "onnxruntime" or "tensorrt".
         config, generation_config: as the exported model had them.
         folder: of the artifact.
         manifest: what the artifact says of itself.
@@ -106,6 +112,7 @@ class Runner(GenerationMixin):
         device: where the session computes and the cache stays.
     """
 
+    runtime: str
     # What GenerationMixin asks of a model.
     main_input_name = "input_ids"
     base_model_prefix = ""
@@ -187,6 +194,8 @@ class Runner(GenerationMixin):
                 f"input_ids has shape {list(input_ids.shape)}; to score a text it must be [batch, sequence] with at "
                 "least two tokens."
             )
+        if chunk < 1:
+            raise InvalidInputError(f"chunk is {chunk}; it must be at least 1 token.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         targets = input_ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -1)
         past, runs = None, []
@@ -226,6 +235,7 @@ class Runner(GenerationMixin):
 class OnnxRunner(Runner):
     """An artifact in ONNX Runtime."""
 
+    runtime = "onnxruntime"
     session: Session
 
     def __init__(
@@ -245,6 +255,7 @@ class OnnxRunner(Runner):
 class EngineRunner(Runner):
     """An engine in TensorRT."""
 
+    runtime = "tensorrt"
     session: EngineSession
 
     def __init__(
@@ -254,8 +265,10 @@ class EngineRunner(Runner):
         *,
         cache: Path | None = None,
         cuda_graphs: bool = False,
+        lean_runtime: Path | None = None,
     ) -> None:
-        super().__init__(folder, manifest, EngineSession(Path(folder), cache=cache, cuda_graphs=cuda_graphs))
+        session = EngineSession(folder, cache=cache, cuda_graphs=cuda_graphs, lean_runtime=lean_runtime)
+        super().__init__(folder, manifest, session)
 
 
 def _past_tensors(cache: Cache | None, wanted: int) -> list[Tensor]:

@@ -30,19 +30,34 @@ def read_plan(folder: Path, manifest: EngineManifest) -> bytes:
     return plan
 
 
-def check_version(manifest: EngineManifest, version: str) -> None:
+def check_version(manifest: EngineManifest, version: str, lean_runtime: Path | None = None) -> None:
     """Refuse an engine of another TensorRT.
+
+    Args:
+        manifest: of the engine.
+        version: of the TensorRT that is installed.
+        lean_runtime: the library of the version that built the engine.
 
     Raises:
         ArtifactError: the versions differ, and the engine was not built for later ones too.
+        InvalidInputError: the library is missing, or is not needed.
     """
+    lasts = "VERSION_COMPATIBLE" in manifest.flags
+    if lean_runtime is not None and (not lasts or not lean_runtime.is_file()):
+        found = "is no file" if lasts else "is of no use: the engine was not built with version_compatible"
+        raise InvalidInputError(f"lean_runtime is {lean_runtime}, which {found}.")
     if version == manifest.version:
         return
-    later = _numbers(version) > _numbers(manifest.version)
-    if not ("VERSION_COMPATIBLE" in manifest.flags and later):
+    if not (lasts and _numbers(version) > _numbers(manifest.version)):
         raise ArtifactError(
             f"The engine was built by {manifest.package} {manifest.version}, and {version} is installed. Build it "
             f"again, or install {manifest.package} {manifest.version}."
+        )
+    if lean_runtime is None:
+        raise InvalidInputError(
+            f"The engine was built by {manifest.package} {manifest.version} for later ones too, and {version} runs it "
+            f"in that version's lean runtime. Pass its library, libnvinfer_lean.so.{manifest.version}, as "
+            "lean_runtime=; it is loaded as code."
         )
 
 
@@ -65,7 +80,12 @@ def checked_gpu(manifest: EngineManifest) -> torch.device:
             f"The engine was built for {', '.join(manifest.targets)}, and this GPU is a {found}. Build it for "
             f"targets=['SM{major}{minor}']."
         )
-    if not manifest.targets and manifest.package == "tensorrt" and found != manifest.gpu and not manifest.portable:
+    if (
+        not manifest.targets
+        and manifest.package == "tensorrt"
+        and manifest.gpu not in (None, found)
+        and not manifest.portable
+    ):
         raise ArtifactError(
             f"The engine was tuned for a {manifest.gpu}, and this GPU is a {found}. Build it here, or with "
             "hardware_compatible=True for every GPU from Ampere on."

@@ -24,8 +24,8 @@ class BuildOptions:
         targets: GPU architectures such as "SM89" or "SM120", for TensorRT-RTX, which builds ahead of time; empty for
             what the package does by itself: TensorRT builds for the GPU that is there, TensorRT-RTX for all it knows.
         hardware_compatible: an engine of TensorRT for every GPU from Ampere on, not only this one.
-        version_compatible: an engine that later versions of TensorRT can read too, through the lean runtime that they
-            bring; it holds no code for the host.
+        version_compatible: an engine of TensorRT that later versions can run too, through the lean runtime of this
+            one, which they are given as a file (`export.load`); the engine holds no code for the host.
         weight_streaming: weights may stay in the host's memory and come as they are needed.
         refittable: weights can be replaced without building again.
     """
@@ -53,13 +53,18 @@ class BuildOptions:
         Raises:
             InvalidInputError: the package has not what is asked for, or knows no such target.
         """
+        ahead_of_time = builds_ahead_of_time(trt)
         for name in NEVER:
             config.clear_flag(getattr(trt.BuilderFlag, name))
         for name in self.flags():
             if not hasattr(trt.BuilderFlag, name):
                 raise InvalidInputError(f"{trt.__name__} {trt.__version__} has no {name}. Leave it out.")
             config.set_flag(getattr(trt.BuilderFlag, name))
-        ahead_of_time = builds_ahead_of_time(trt)
+        if self.version_compatible and ahead_of_time:
+            raise InvalidInputError(
+                f"{trt.__name__} builds no engines for its later versions. Leave version_compatible out, and build "
+                "again when it changes."
+            )
         if self.hardware_compatible:
             if ahead_of_time:
                 raise InvalidInputError(

@@ -57,6 +57,11 @@ class Profile:
         )
         return smallest, tuned, largest
 
+    def largest(self) -> dict[str, int]:
+        """The largest size of every dynamic axis."""
+        sizes = {axis: size.maximum for axis, size in self.axes.items()}
+        return sizes | {TOTAL: sizes[PAST] + sizes[SEQUENCE]} if PAST in sizes else sizes
+
     def misfit(self, lengths: Mapping[str, int]) -> str | None:
         """Which axis of a run is outside of this profile, as words; None if the run fits."""
         for axis, size in self.axes.items():

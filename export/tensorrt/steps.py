@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.runtime.lengths import shape_of
-from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, TensorSpec, torch_dtype
+from cdsurgery.export.signature import BATCH, PAST, Signature, TensorSpec, torch_dtype
 from cdsurgery.export.tensorrt.profiles import Profile
 
 Ready = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Callable[[], None]]
@@ -106,13 +106,11 @@ class DecodeSteps:
         signature: of the engine.
         profile: its decode profile, whose largest sizes the memory has.
         device: where.
-        captures: capture and replay CUDA graphs; False for a runtime that does so by itself.
     """
 
-    def __init__(self, signature: Signature, profile: Profile, device: torch.device, captures: bool) -> None:
-        largest = {axis: size.maximum for axis, size in profile.axes.items()}
-        largest[TOTAL] = largest[PAST] + largest[SEQUENCE]
-        self._signature, self._captures, self._device = signature, captures, device
+    def __init__(self, signature: Signature, profile: Profile, device: torch.device) -> None:
+        largest = profile.largest()
+        self._signature, self._device = signature, device
         self._cache = PingPong(signature, largest, device)
         self._tokens = Arena(signature.tokens, largest, device)
         self._results = Arena(signature.results, largest, device)
@@ -143,11 +141,10 @@ class DecodeSteps:
                 self._graphs[key][0].replay()
             else:
                 execute = ready(inputs, outputs)
-                execute()
-                if self._captures:  # after a plain run, which settles what TensorRT does once for a shape
-                    self._graphs[key] = captured(execute), execute  # which holds what the graph works with
-                    while len(self._graphs) > GRAPHS:
-                        self._graphs.pop(next(iter(self._graphs)))
+                execute()  # which settles what TensorRT does once for a shape
+                self._graphs[key] = captured(execute), execute  # which holds what the graph works with
+                while len(self._graphs) > GRAPHS:
+                    self._graphs.pop(next(iter(self._graphs)))
         current.wait_stream(stream)
         own = {spec.name: outputs[spec.name].clone() for spec in self._signature.results}
         return {name: own.get(name, tensor) for name, tensor in outputs.items()}

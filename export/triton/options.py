@@ -80,10 +80,13 @@ class ServingOptions:
             _check_count(name, getattr(self, name), least)
         for name in ("queue_timeout_seconds", "request_timeout_seconds"):
             seconds = getattr(self, name)
-            if seconds is not None and not (0 < seconds < math.inf):
-                raise InvalidInputError(f"{name} is {seconds}; it must be a number of seconds above 0, or None.")
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if seconds is not None and not (number and 0 < seconds < math.inf):
+                raise InvalidInputError(f"{name} is {seconds!r}; it must be a number of seconds above 0, or None.")
         if self.context is not None:
             _check_count("context", self.context, 2)
+        if not isinstance(self.gpus, (tuple, list)):
+            raise InvalidInputError(f"gpus is {self.gpus!r}; it must be a tuple of the GPUs' indices, such as (0,).")
         for index in self.gpus:
             _check_count("gpus", index, 0)
         for resource, count in self.rate_limit.items():

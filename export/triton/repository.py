@@ -23,6 +23,7 @@ from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import NAME as MANIFEST
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.artifact.staging import workplace
+from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
 from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config, unary_config
 from cdsurgery.export.triton.options import ServingOptions
 from cdsurgery.export.triton.serving import settings as serving
@@ -73,9 +74,14 @@ def to_triton(
     if (engine is None) != (options.step != "tensorrt"):
         raise InvalidInputError("engine and step='tensorrt' belong together: a plan of this artifact's graph.")
     manifest = read_manifest(source)
+    if ENGINE_FILE in manifest.files:
+        raise InvalidInputError(
+            f"{source} is a TensorRT engine. Give the ONNX artifact that it was built from; with step='tensorrt' its "
+            f"{ENGINE_FILE} can be given as engine."
+        )
     check_files(source, manifest)
     check_external_data(source / GRAPH_FILE)
-    _check_servable(source, manifest, options)
+    _check_servable(source, manifest)
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
     # Beside the repository, where a server that polls it does not look.
@@ -95,7 +101,7 @@ def to_triton(
     return Path(repository) / name
 
 
-def _check_servable(source: Path, manifest: Manifest, options: ServingOptions) -> None:
+def _check_servable(source: Path, manifest: Manifest) -> None:
     if manifest.options.positions == "score":
         raise UnsupportedModelError(
             "This artifact was made with positions='score' and returns no logits to choose a token from. Export the "

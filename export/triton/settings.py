@@ -44,7 +44,7 @@ def serving_settings(
     if context is None:
         raise InvalidInputError("The model's config names no max_position_embeddings. Say how many tokens: context=.")
     if (most := getattr(config, "max_position_embeddings", None)) is not None and context > most:
-        raise InvalidInputError(f"context is {context}; the model has {most} positions.")
+        raise InvalidInputError(f"context is {context}; the model has {most} positions. Use no more than those.")
     signature = manifest.signature
     return Settings(
         layers=manifest.layers,
