@@ -39,17 +39,17 @@ class FusedUnembedding:
     widened: bool
     counted: int
 
-    def sums(self, rows: Tensor, written: int, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`[R, D]` -> maximum, s and t `[R]` of their logits, and the products `[written, V]` of the first ones.
+    def entropies(self, rows: Tensor, written: int, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`[R, D]` -> the entropies of their logits `[R]`, and the products `[written, V]` of the first ones.
 
         `active` as of `unembed_sums`: how many of the rows count.
         """
         state, weight = (tensor.detach().to(self.product) for tensor in (rows, self.weight))
         bias = None if self.bias is None else self.bias.detach().to(self.product)
-        maximum, _, s, t, products = unembed_sums(
+        entropy, *_, products = unembed_sums(
             state, weight, bias, self.scale, self.softcap, self.widened, self.counted, written, active
         )
-        return maximum, s, t, products
+        return entropy, products
 
     def writes(self, rows: int) -> bool:
         """Whether writing the products of R candidates costs less than making those of the chosen ones again.

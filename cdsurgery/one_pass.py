@@ -95,9 +95,13 @@ class OnePass:
         earlier = self._tail.inputs(self._states[:first]).to(own.device)
         keeps_all = not differentiable and self._tail.unembedding.writes(rows * first)
         written = rows * (first + 1) if keeps_all else 0 if differentiable else rows
-        self._reading = Reading(self._tail, torch.cat([own[None], earlier]).flatten(0, 1), written)
-        # A copy, so that who keeps the final logits does not keep those of all candidates.
-        return None if differentiable else self._reading.products[:rows].clone().unflatten(0, final.shape[:-1])
+        # Its rows are those of layer L, then those of layer L-1, and so on.
+        self._reading = Reading(self._tail, torch.cat([own[None], earlier]), written)
+        if differentiable:
+            return None
+        product = self._reading.products[:rows].unflatten(0, final.shape[:-1])
+        # A copy, so that who keeps the final logits does not keep those of all candidates; a step's are soon let go.
+        return product if self._sparing else product.clone()
 
     def select(self, final: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What `cdsurgery.trough.select` finds.
@@ -110,13 +114,11 @@ class OnePass:
             logits `[B, T, V]`, depth `[B, T]` int64 in [0, K], entropy `[B, T, M]` float32, NaN in the layers of
             readings that the row did not come to.
         """
-        # The rows of the first reading are those of layer L, then those of layer L-1, and so on.
         entropy = self._reading.entropy.view(-1, *final.shape[:-1]).movedim(0, -1)
         depth = allowed_depth(entropy, allowed)
         back = depth.flatten()
-        rows = back * len(back) + torch.arange(len(back), device=depth.device)
-        logits = self._reading.logits(rows, back > 0).view(final.shape)
-        if len(self._reading.products) < len(self._reading.entropy):  # a second product, of final rows too
+        logits = self._reading.logits((back, torch.arange(len(back), device=back.device)), back).view(final.shape)
+        if not self._reading.keeps_all:  # final rows among them
             logits = torch.where((depth > 0)[..., None], logits, final)
         for layers in self._later:
             going = Compaction.of(depth.flatten() == entropy.shape[-1] - 1)
@@ -124,7 +126,7 @@ class OnePass:
                 break
             logits, depth, entropy = self._select_further(logits, depth, entropy, going, layers)
         unread = len(self._states) + 1 - entropy.shape[-1]
-        return logits, depth, pad(entropy, (0, unread), value=float("nan"))
+        return logits, depth, pad(entropy, (0, unread), value=float("nan")) if unread else entropy
 
     def _select_further(
         self, logits: Tensor, depth: Tensor, entropy: Tensor, going: Compaction, layers: int
@@ -133,13 +135,12 @@ class OnePass:
         reached = entropy.shape[-1] - 1
         # Its rows are all layers of one row, then those of the next one.
         inputs = self._tail.inputs(self._states[reached : reached + layers]).to(depth.device)[:, going.order]
-        inputs = inputs.movedim(0, 1).flatten(0, 1)
-        written = len(inputs) if self._tail.unembedding.writes(len(inputs)) else 0
-        reading = Reading(self._tail, inputs, written, going.active * layers)
-        deeper = reading.entropy.view(-1, layers)[going.place]
+        rows = layers * len(going.order)
+        written = rows if self._tail.unembedding.writes(rows) else 0
+        reading = Reading(self._tail, inputs.movedim(0, 1), written, going.active * layers)
+        deeper = reading.entropy[going.place]
         entropy = torch.cat([entropy, deeper.view(*depth.shape, -1)], dim=-1)
         depth = torch.where(depth == reached, trough_depth(entropy), depth)
-        further = depth.flatten() - reached
-        rows = going.place * layers + (further - 1).clamp(min=0)
-        chosen = reading.logits(rows, further > 0).view(logits.shape)
+        moves = depth.flatten() - reached
+        chosen = reading.logits((going.place, (moves - 1).clamp(min=0)), moves).view(logits.shape)
         return torch.where((depth > reached)[..., None], chosen, logits), depth, entropy

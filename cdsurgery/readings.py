@@ -7,6 +7,7 @@ tensor, which only `unembed_sums` looks at: everything here is static tensor ope
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,18 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cdsurgery.anatomy import Anatomy, joined, logits_of_products, unembedded, unembedding_input
-from cdsurgery.entropy import entropy_of_sums
 from cdsurgery.fused import FusedUnembedding
 from cdsurgery.lazy import ACCELERATOR_FREE_ROWS
+
+# Rows that a program of the kernel multiplies together, where there are many: fewer take as long (`kernels.launch`).
+BLOCK = 128
 
 
 def reading_plan(device: torch.device, rows: int, layers: int) -> list[int]:
     """How many of the K layers before the last each reading takes; the first one takes the last layer too.
 
-    An accelerator multiplies `ACCELERATOR_FREE_ROWS` while it reads the unembedding, so its first reading takes as many
-    layers as that allows, and a second one all others, of the rows that go on. Nearly all rows that move do so by one
-    layer (arXiv 2606.21906, table 5), which the layer behind that one shows: taking both spares the second reading, and
-    pays as long as it costs less.
+    Nearly all rows that move do so by one layer (arXiv 2606.21906, table 5), which the layer behind that one shows. So
+    on an accelerator the first reading takes three layers where that costs no more than two and a reading for the rows
+    that went on, and as many more as its blocks of rows have room for; a second one takes all others.
 
     On a CPU every row costs. There the first reading takes one layer, and each later one as many as those before it
     together: few rows come to the second one and hardly any to a third, and a row that goes all the way has come to no
@@ -42,9 +44,20 @@ def reading_plan(device: torch.device, rows: int, layers: int) -> list[int]:
         while (left := layers - sum(plan)) > 0:
             plan.append(min(left, sum(plan)))
         return plan
-    free = ACCELERATOR_FREE_ROWS // max(rows, 1)
-    first = min(layers, max(free - 1, 2 if free > 0 else 1))
+    rows = max(rows, 1)
+    taken = 3 if reading_cost(3 * rows) <= reading_cost(2 * rows) + 1 else 2
+    first = min(layers, in_blocks(taken * rows) // rows - 1)
     return [first, layers - first] if first < layers else [first]
+
+
+def reading_cost(rows: int) -> float:
+    """How long an accelerator takes for that many rows, in readings of the unembedding."""
+    return max(1, in_blocks(rows) / ACCELERATOR_FREE_ROWS)
+
+
+def in_blocks(rows: int) -> int:
+    """How many rows it multiplies for that many."""
+    return math.ceil(rows / BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -79,39 +92,46 @@ class Compaction:
     def of(cls, counts: Tensor) -> Compaction:
         """From whether each row counts, `[N]` bool."""
         order = counts.logical_not().argsort(stable=True)
-        return cls(order, order.argsort(), counts.sum())
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return cls(order, place, counts.sum())
 
 
 class Reading:
-    """R rows, multiplied while the unembedding is read once.
+    """A x B rows, multiplied while the unembedding is read once.
 
     Args:
-        inputs: `[R, D]`.
+        inputs: `[A, B, D]`.
         written: of how many of the first rows the product is kept.
         active: `[]` int64, how many of the first rows count; None for all.
 
     Attributes:
-        entropy: `[R]` float32 nats; NaN in rows that do not count.
+        entropy: `[A, B]` float32 nats; NaN in rows that do not count.
         products: `[written, V]`.
     """
 
     def __init__(self, tail: Tail, inputs: Tensor, written: int, active: Tensor | None = None) -> None:
         self._tail, self._inputs = tail, inputs
-        maximum, s, t, self.products = tail.unembedding.sums(inputs, written, active)
-        self.entropy = entropy_of_sums(maximum, s, t)
+        entropy, self.products = tail.unembedding.entropies(inputs.flatten(0, 1), written, active)
+        self.entropy = entropy.view(inputs.shape[:2])
 
-    def logits(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Of N of its rows, `[N, V]`, anything where `counts` is false; a second product unless all were written.
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the products of all rows were written."""
+        return len(self.products) == self.entropy.numel()
+
+    def logits(self, at: tuple[Tensor, Tensor], moves: Tensor) -> Tensor:
+        """Of N of its rows, `[N, V]`, by a second product unless all were written.
 
         Args:
-            rows: `[N]` int64, their places in the reading.
-            counts: `[N]` bool.
+            at: `[N]` int64 each, their places on A and on B.
+            moves: `[N]` int64; where it is not above 0, what is returned may be anything.
         """
-        model, anatomy = self._tail.model, self._tail.anatomy
-        if len(self.products) == len(self.entropy):
-            return logits_of_products(model, anatomy, self.products[rows])
+        model, anatomy, shape = self._tail.model, self._tail.anatomy, self.entropy.shape
+        if self.keeps_all:
+            return logits_of_products(model, anatomy, self.products.unflatten(0, shape)[at])
+        inputs = self._inputs[at]
         if torch.is_grad_enabled():
-            return unembedded(model, anatomy, self._inputs[rows])
-        some = Compaction.of(counts)
-        *_, products = self._tail.unembedding.sums(self._inputs[rows[some.order]], len(rows), some.active)
+            return unembedded(model, anatomy, inputs)
+        some = Compaction.of(moves > 0)
+        _, products = self._tail.unembedding.entropies(inputs[some.order], len(inputs), some.active)
         return logits_of_products(model, anatomy, products[some.place])

@@ -68,6 +68,7 @@ class _Tap:
         state = state_of(output)
         assert state is not None
         if isinstance(keep, Tensor) or keep > 0:
+            rows = kept_rows(state, keep, self.taps.batch_axis)
             # A slice is a view that keeps the whole prompt's state alive; a copy of the kept rows does not.
-            state = kept_rows(state, keep, self.taps.batch_axis).clone()
+            state = rows.clone() if isinstance(keep, int) and rows.numel() < state.numel() else rows
         self.taps.states[self.index] = state

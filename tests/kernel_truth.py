@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import cdsurgery.kernels.unembed_sums
-from cdsurgery.entropy import entropy_of_sums
 from cdsurgery.kernels.unembed_sums import Sums, unembed_sums
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -77,10 +76,22 @@ def in_pytorch(
         return unembed_sums(state, weight, bias, scale, softcap, widened, counted, written, some)
 
 
-def on_gpu(*given: Any, **options: Any) -> Sums:
+def on_gpu(
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    widened: bool = False,
+    counted: int | None = None,
+    written: int | None = None,
+    active: int | None = None,
+) -> Sums:
     """The operator on a GPU."""
-    given = tuple(one.cuda() if isinstance(one, Tensor) else one for one in given)
-    return tuple(tensor.cpu() for tensor in kernel(*given, **options))
+    counted, written = len(weight) if counted is None else counted, len(state) if written is None else written
+    given = [None if one is None else one.cuda() for one in (state, weight, bias)]
+    some = number(active, given[0])
+    return tuple(tensor.cpu() for tensor in unembed_sums(*given, scale, softcap, widened, counted, written, some))
 
 
 WAYS = [
@@ -116,10 +127,12 @@ def truth(row: list[float]) -> Truth:
 
 def check(found: Sums, logits: Tensor) -> Tensor:
     """The sums of every row of logits; returns its true entropies."""
-    maximum, index, s, t, _ = found
-    assert (maximum.dtype, index.dtype, s.dtype, t.dtype) == (torch.float32, torch.int64, torch.float32, torch.float32)
+    measured, maximum, index, s, t, _ = found
+    assert {one.dtype for one in (measured, maximum, s, t)} == {torch.float32} and index.dtype == torch.int64
+    # PyTorch refuses an operator on a GPU whose results share memory, and does not ask one on a CPU.
+    places = [one.untyped_storage().data_ptr() for one in found if one.numel()]
+    assert len(set(places)) == len(places)
     assert torch.equal(index, logits.float().argmax(-1))
-    measured = entropy_of_sums(maximum, s, t)
     entropies = []
     for row, z in enumerate(logits.double().tolist()):
         true = truth(z)

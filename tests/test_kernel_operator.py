@@ -46,7 +46,7 @@ def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
     class Head(nn.Module):
         def forward(self, state: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             rows = state.shape[0] - 1
-            _, index, s, _, products = unembed_sums(state * 2, weight, None, 1.0, None, False, 30, rows)
+            _, _, index, s, _, products = unembed_sums(state * 2, weight, None, 1.0, None, False, 30, rows)
             active = (state[:, 0] > 0).sum()
             some, *_ = unembed_sums(state, weight, None, 1.0, None, False, 30, 0, active)
             return index + 1, products / (1 + s[:rows])[:, None], some.nan_to_num(7)

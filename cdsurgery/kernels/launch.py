@@ -24,35 +24,37 @@ def launch(
     counted: int,
     active: Tensor | None,
     products: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Start both kernels, on tensors as `unembed_sums` takes them.
 
     Args:
         products: `[written, V]` to be filled, contiguous.
 
     Returns:
-        maximum, index, s and t, `[R]`, as of `unembed_sums`.
+        entropy, maximum, index, s and t, `[R]`, as of `unembed_sums`.
     """
     (rows, width), vocabulary = state.shape, len(weight)
     state = state.contiguous()
     tiles = triton.cdiv(vocabulary, TILE)
     block, warps, stages = block_of_rows(rows, state.dtype)
     with torch.cuda.device_of(state):  # Triton starts kernels on the current device
-        partial = torch.empty(3, rows, tiles, dtype=torch.float32, device=state.device)
-        partial_index = torch.empty(rows, tiles, dtype=torch.int32, device=state.device)
-        maximum, s, t = torch.empty(3, rows, dtype=torch.float32, device=state.device)
-        index = torch.empty(rows, dtype=torch.int64, device=state.device)
+        # Each in memory of its own: an operator's results may not share any, and kernels are compiled anew for tensors
+        # that do not begin at a multiple of 16 bytes.
+        tile_maximum, tile_s, tile_t = (state.new_empty((rows, tiles), dtype=torch.float32) for _ in range(3))
+        tile_index = state.new_empty((rows, tiles), dtype=torch.int32)
+        entropy, maximum, s, t = (state.new_empty(rows, dtype=torch.float32) for _ in range(4))
+        index = state.new_empty(rows, dtype=torch.int64)
         if rows == 0:
-            return maximum, index, s, t
+            return entropy, maximum, index, s, t
         measure_tiles[(triton.cdiv(rows, block) * tiles,)](
             state,
             weight,
             bias,
             products,
-            partial[0],
-            partial_index,
-            partial[1],
-            partial[2],
+            tile_maximum,
+            tile_index,
+            tile_s,
+            tile_t,
             active,
             rows,
             len(products),
@@ -75,11 +77,12 @@ def launch(
             enable_fp_fusion=False,  # products are rounded before something is subtracted, as in the model
         )
         merge_tiles[(rows,)](
-            partial[0],
-            partial_index,
-            partial[1],
-            partial[2],
+            tile_maximum,
+            tile_index,
+            tile_s,
+            tile_t,
             active,
+            entropy,
             maximum,
             index,
             s,
@@ -88,7 +91,7 @@ def launch(
             BLOCK=triton.next_power_of_2(tiles),
             enable_fp_fusion=False,
         )
-    return maximum, index, s, t
+    return entropy, maximum, index, s, t
 
 
 def block_of_rows(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:

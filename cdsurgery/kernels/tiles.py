@@ -49,9 +49,9 @@ def measure_tiles(
     tiles = tl.cdiv(vocabulary, BLOCK_V)
     first = program // (GROUP * tiles) * GROUP
     members = tl.minimum(tl.cdiv(rows, BLOCK_R) - first, GROUP)
-    place = program % (GROUP * tiles)
-    tile = place // members
-    block = first + place % members
+    turn = program % (GROUP * tiles)
+    tile = turn // members
+    block = first + turn % members
     if active is not None and block * BLOCK_R >= tl.load(active):
         return
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -78,7 +78,8 @@ def measure_tiles(
         z += tl.load(bias + read_column).to(tl.float32)[None, :]
     z = _rounded(z, state.dtype.element_ty)
     kept = (row < written)[:, None] & (column < vocabulary)[None, :]
-    tl.store(products + read_row[:, None] * vocabulary + read_column[None, :], z.to(state.dtype.element_ty), mask=kept)
+    place = row.to(tl.int64)[:, None] * vocabulary + column[None, :]
+    tl.store(products + place, z.to(state.dtype.element_ty), mask=kept)
 
     # What the model does to its logits, rounded where it rounds them.
     kind: tl.constexpr = tl.float32 if WIDENED else state.dtype.element_ty
@@ -106,17 +107,19 @@ def merge_tiles(
     tile_s,
     tile_t,
     active,  # as of `measure_tiles`
-    maximum,  # [rows] float32, as are s and t
+    entropy,  # [rows] float32, as are maximum, s and t
+    maximum,
     index,  # [rows] int64
     s,
     t,
     tiles,
     BLOCK: tl.constexpr,  # a power of 2, at least `tiles`
 ):
-    """One row: `cdsurgery.entropy.merged_sums` of its tiles."""
+    """One row: `cdsurgery.entropy.merged_sums` of its tiles, and `entropy_of_sums` of those."""
     row = tl.program_id(0)
     one = tl.arange(0, 1)
     if active is not None and row >= tl.load(active):
+        tl.store(entropy + row + one, float("nan"))
         tl.store(maximum + row + one, float("nan"))
         tl.store(index + row + one, 0)
         tl.store(s + row + one, float("nan"))
@@ -134,10 +137,13 @@ def merge_tiles(
     e = tl.exp(d)
     e = tl.where(e == 0, 0.0, e + e * lost)
     mass = tl.where(e == 0, 0.0, e * (1 + own_s))
+    whole_s = tl.sum(tl.where(leads, own_s, mass), 1)
+    whole_t = tl.sum(tl.where(e == 0, 0.0, e * own_t + d * mass), 1)
+    tl.store(entropy + row + one, _entropy(top, whole_s, whole_t))
     tl.store(maximum + row + one, top)
     tl.store(index + row + one, tl.sum(tl.where(leads, own_index, 0), 1).to(tl.int64))
-    tl.store(s + row + one, tl.sum(tl.where(leads, own_s, mass), 1))
-    tl.store(t + row + one, tl.sum(tl.where(e == 0, 0.0, e * own_t + d * mass), 1))
+    tl.store(s + row + one, whole_s)
+    tl.store(t + row + one, whole_t)
 
 
 @triton.jit
@@ -150,6 +156,14 @@ def _first_maximum(z, place):
     stands = tl.where(broken[:, None], unknown, z == top[:, None])
     lowest = tl.min(tl.where(stands, place, 2147483647), 1)
     return tl.where(broken, float("nan"), top), lowest
+
+
+@triton.jit
+def _entropy(maximum, s, t):
+    """`cdsurgery.entropy.entropy_of_sums`: log1p(s) - t / (1 + s), NaN where the maximum is not finite."""
+    w = 1 + s
+    log1p = tl.where(w == 1, s, tl.log(w) * (s / tl.where(w == 1, 1.0, w - 1)))
+    return tl.where(tl.abs(maximum) < float("inf"), log1p - t / w, float("nan"))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from cdsurgery.entropy import CACHED_LOGITS, merged_sums, partial_sums
+from cdsurgery.entropy import CACHED_LOGITS, entropy_of_sums, merged_sums, partial_sums
 from cdsurgery.errors import InvalidInputError, SurgeryError
 from cdsurgery.unembedding import few_rows_linear
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Logits that the CPU holds at a time: 1 MB in float32, so that what is made of them stays in a core's cache.
 CPU_LOGITS = CACHED_LOGITS
 
-Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op(
@@ -26,7 +26,7 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor state, Tensor weight, Tensor? bias, float scale, float? softcap, bool widened, SymInt counted,"
-    " SymInt written, Tensor? active=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " SymInt written, Tensor? active=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def unembed_sums(
     state: Tensor,
@@ -39,7 +39,7 @@ def unembed_sums(
     written: int,
     active: Tensor | None = None,
 ) -> Sums:
-    """What the entropies of `softcap * tanh(scale * linear(state, weight, bias) / softcap)` are made of.
+    """The entropies of `softcap * tanh(scale * linear(state, weight, bias) / softcap)`, and what they are made of.
 
     Products are added up in float32. What `linear` returns is rounded to the dtype of the weights, as is every step
     after it, as in a model that takes these steps one by one.
@@ -57,9 +57,9 @@ def unembed_sums(
             so that nobody waits for it: a step that does not know yet how many rows it will find to do can be captured.
 
     Returns:
-        maximum, index, s and t, `[R]`: float32, int64 (the lowest of equal ones, as `argmax` gives it), float32 and
-        float32, as `partial_sums` defines them; and `linear`'s result `[written, V]`. Behind the active rows index is
-        0, maximum, s and t are NaN, and what stands in `linear`'s result is anything.
+        entropy `[R]` float32 in nats; maximum, index, s and t, `[R]`: float32, int64 (the lowest of equal ones, as
+        `argmax` gives it), float32 and float32, as `partial_sums` defines them; and `linear`'s result `[written, V]`.
+        Behind the active rows index is 0, the other numbers are NaN, and what stands in `linear`'s result is anything.
 
     Raises:
         InvalidInputError: tensors of other shapes, dtypes or strides.
@@ -90,7 +90,7 @@ def unembed_sums(
     index, maximum, s, t = (torch.stack(pieces) for pieces in zip(*parts, strict=True))
     index = index.gather(0, maximum.argmax(dim=0, keepdim=True)).squeeze(0)
     maximum, s, t = (pad(part, (0, rest), value=float("nan")) for part in merged_sums(maximum, s, t))
-    return maximum, pad(index, (0, rest)), s, t, products
+    return entropy_of_sums(maximum, s, t), maximum, pad(index, (0, rest)), s, t, products
 
 
 @unembed_sums.register_kernel("cuda")
@@ -130,9 +130,9 @@ def _shapes(
     active: Tensor | None = None,
 ) -> Sums:
     _check(state, weight, bias, counted, written, active)
-    maximum, s, t = (state.new_empty(state.shape[0], dtype=torch.float32) for _ in range(3))
+    entropy, maximum, s, t = (state.new_empty(state.shape[0], dtype=torch.float32) for _ in range(4))
     index = state.new_empty(state.shape[0], dtype=torch.int64)
-    return maximum, index, s, t, _products(state, weight, written)
+    return entropy, maximum, index, s, t, _products(state, weight, written)
 
 
 def _products(state: Tensor, weight: Tensor, written: int) -> Tensor:
