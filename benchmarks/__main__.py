@@ -15,7 +15,7 @@ from benchmarks import machine
 from benchmarks.parts import fused, generation, memory, onnx, step, sweep, tensorrt, unembedding, wrapping
 from benchmarks.report import Table, markdown, stacked, write
 from benchmarks.setting import DTYPES, Setting
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, has_experts
 
 Part = Callable[[Setting, machine.Limits], Table]
 
@@ -31,6 +31,7 @@ PARTS: dict[str, Part] = {
     "fused": fused.unembeddings,
     "tensorrt": tensorrt.decode_steps,
 }
+OWN_BATCHES = ("sweep", "wrapping", "tensorrt")  # parts that --batch does not change
 
 
 def arguments() -> argparse.Namespace:
@@ -78,21 +79,34 @@ def measured(part: Part, setting: Setting, batches: list[int], limits: machine.L
     return stacked(tables)
 
 
+def refusal(name: str, dtype: str) -> str | None:
+    """Why a part does not run here, or None."""
+    if name == "tensorrt" and not machine.GPU:
+        return "The speed of an engine is a GPU's, and PyTorch sees none here."
+    if name == "onnx" and dtype == "bfloat16" and not machine.GPU:
+        return "ONNX Runtime's CPU has no bfloat16. Measure onnx in float32."
+    return None
+
+
 def main() -> None:
     """Measure and show."""
     options = arguments()
     if unknown := [name for name in options.part if name not in PARTS]:
         sys.exit(f"No such part: {', '.join(unknown)}. There are {', '.join(PARTS)}.")
-    if "tensorrt" in options.part and not machine.GPU:
-        sys.exit("The speed of an engine is a GPU's, and PyTorch sees none here.")
+    if refused := [why for name in options.part if (why := refusal(name, options.dtype)) is not None]:
+        sys.exit(refused[0])
+    if options.rounds < 2:
+        sys.exit(f"--rounds is {options.rounds}; it must be at least 2, to have quartiles.")
+    if machine.GPU and options.dtype != "bfloat16" and has_experts(options.shape):
+        sys.exit(f"On a GPU, PyTorch runs experts without looking only in bfloat16, and not in {options.dtype}.")
     given = {field.name: getattr(options, field.name) for field in fields(Setting)}
     setting = Setting(**given | {"batch": options.batch[0]})
     limits = machine.limits(setting.torch_dtype)
     about = machine.description(limits, setting.dtype)
     about["command"] = shlex.join(["python", "-m", "benchmarks", *without_place(sys.argv[1:])])
-    for name in options.part or [name for name in PARTS if name != "tensorrt" or machine.GPU]:
+    for name in options.part or [name for name in PARTS if refusal(name, options.dtype) is None]:
         print(f"measuring {name} ..", file=sys.stderr, flush=True)
-        table = measured(PARTS[name], setting, options.batch, limits)
+        table = measured(PARTS[name], setting, options.batch[: 1 if name in OWN_BATCHES else None], limits)
         print(markdown(name, table, about))
         if options.output is not None:
             write(options.output, name, table, about)

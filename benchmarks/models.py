@@ -49,11 +49,13 @@ def wrapped_ways(plain: Any, lookback: int) -> dict[str, Any]:
 def filled_cache(model: Any, batch: int, context: int) -> DynamicCache:
     """What the model keeps of a prompt of `context` tokens, the same in each row, and room for one token more.
 
+    Its tokens are those of `tokens`: all alike, they would all be sent to the same few experts.
+
     A token's keys and values go to that room and no further, so that every step finds the cache as it was, where it
     was, and copies nothing of it. A recurrent state goes on from step to step.
     """
     cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, context, dtype=torch.int64, device=model.device)
+    ids = tokens(model, context)[None]
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     rows = torch.zeros(batch, dtype=torch.int64, device=model.device)
     for layer in cache.layers:
@@ -72,6 +74,11 @@ def _into_room(keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tenso
     return keys, values
 
 
+def tokens(model: Any, count: int) -> Tensor:
+    """So many tokens `[count]`, as different as the vocabulary allows."""
+    return torch.arange(count, device=model.device) % model.get_input_embeddings().weight.shape[0]
+
+
 def bytes_of(cache: DynamicCache) -> int:
     """That a step reads of a cache."""
     return sum(state.nbytes for _, _, state in cache_states(cache))
@@ -79,7 +86,7 @@ def bytes_of(cache: DynamicCache) -> int:
 
 def decode_step(model: Any, cache: DynamicCache, batch: int) -> Callable[[], object]:
     """One token in each row on that cache; on a GPU captured as a CUDA graph."""
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    token = tokens(model, batch)[:, None]
 
     @torch.no_grad()
     def step() -> None:

@@ -88,6 +88,12 @@ def config_of(shape: str) -> PretrainedConfig:
     return AutoConfig.for_model(family, **fields)
 
 
+def has_experts(shape: str) -> bool:
+    """Whether it is a mixture of experts."""
+    config = config_of(shape)
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+
+
 def random_model(shape: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model of that shape, in evaluation mode."""
     torch.manual_seed(0)

@@ -24,7 +24,9 @@ from cdsurgery.kernels.launch import launch
 run = JITFunction.run
 
 
-def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, everything: bool) -> list[dict[str, Any]]:
+def compiled(
+    architecture: int, dtype: torch.dtype, rows: int, width: int, everything: bool, some: bool
+) -> list[dict[str, Any]]:
     """What a launch compiles: for each kernel its name, instructions of interest, and bytes of memory that it takes."""
     kernels: list[Any] = []
 
@@ -42,7 +44,7 @@ def compiled(architecture: int, dtype: torch.dtype, rows: int, width: int, every
         products = torch.zeros(rows if everything else 0, 300, dtype=dtype)
         bias = torch.zeros(300, dtype=dtype) if everything else None
         scale, softcap = (0.5, 30.0) if everything else (1.0, None)
-        active = torch.tensor(rows) if everything else None
+        active = torch.tensor(rows) if some else None
         launch(state, weight, bias, scale, softcap, everything, 300, active, products)
     words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.cg")
     return [
@@ -68,9 +70,11 @@ def stack_bytes(cubin: bytes) -> int:
 
 if __name__ == "__main__":
     cases = (
-        (80, torch.bfloat16, 11, 128, True),
-        (90, torch.float16, 200, 128, False),
-        (90, torch.float32, 11, 77, True),
-        (80, torch.float32, 22, 128, False),
+        (80, torch.bfloat16, 11, 128, True, True),
+        (90, torch.float16, 200, 128, False, False),
+        (90, torch.float32, 11, 77, True, True),
+        (80, torch.float32, 22, 128, False, False),
+        (90, torch.bfloat16, 200, 128, False, True),
+        (90, torch.bfloat16, 11, 128, False, False),
     )
     print(json.dumps([compiled(*case) for case in cases]))

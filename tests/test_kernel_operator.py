@@ -116,11 +116,12 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
 
 
 def test_it_compiles_for_gpus_onto_tensor_cores_but_for_float32(binaries: list[Any]) -> None:
-    few, many, exact, exact_many = (measure for measure, _ in binaries)
+    few, many, exact, exact_many, many_of_some, _ = (measure for measure, _ in binaries)
     assert {merge["name"] for _, merge in binaries} == {"merge_tiles"}
     assert few["instructions"] == ["mma.sync", "cp.async.cg"]  # which takes 16 bytes at a time
-    assert many["instructions"] == ["wgmma.mma_async", "cp.async.cg"]
+    assert many["instructions"] == many_of_some["instructions"] == ["wgmma.mma_async", "cp.async.cg"]
     assert (exact["instructions"], exact_many["instructions"]) == ([], ["cp.async.cg"])  # rows of 77 numbers lie askew
     # What a program may have on the smallest of today's cards.
     assert all(kernel["shared"] <= 99 * 1024 for launch in binaries for kernel in launch)
-    assert all(kernel["stack"] == 0 for launch in binaries for kernel in launch), "registers go to memory and back"
+    # Some addresses may go to memory and back, eight at most, and no tile.
+    assert all(kernel["stack"] <= 32 for launch in binaries for kernel in launch)

@@ -121,6 +121,38 @@ def test_a_step_of_generate_goes_by_no_value_so_that_it_can_be_captured(
         assert out.selected_layer.min() < LAYERS
 
 
+class Work(TorchDispatchMode):
+    """Counts the operations that are more than a view of their input: on a GPU a kernel each, or a few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = (value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+        self.count += not any(views)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(model: Any, batch: int) -> int:
+    with Work() as work:
+        model(token_ids(batch, 1), logits_to_keep=1)
+    return work.count
+
+
+@pytest.mark.parametrize(("batch", "plan", "added"), [(1, [4], 15), (8, [1, 3], 49)], ids=["one reading", "two"])
+@torch.no_grad()
+def test_a_captured_step_adds_few_operations(
+    batch: int, plan: list[int], added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes two microseconds or three where a step of 8B parameters takes 4,000, however small it is."""
+    monkeypatch.setattr(cdsurgery.one_pass, "reading_plan", lambda *_: plan)
+    monkeypatch.setattr(cdsurgery.one_pass, "can_look", lambda _: False)
+    model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
+    model._generating = True
+    assert operations(model, batch) - operations(tiny_model("llama"), batch) <= added
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
