@@ -122,7 +122,7 @@ def candidate_logits(
 
 
 def joined(states: Sequence[Tensor], anatomy: Anatomy) -> Tensor:
-    """K states as one batch of K x B rows, on the device of the first: with a device_map each may live elsewhere."""
+    """K states `[.., B, T, ..]` as one of K x B rows, on the device of the first: a device_map may spread them."""
     return torch.cat([state.to(states[0].device) for state in states], dim=anatomy.batch_axis)
 
 

@@ -129,6 +129,12 @@ def replaced_logits(
 
     What ended before it would end as it did, so its recorded output is taken: on a CPU the layers of a large model are
     nearly all of the time.
+
+    Args:
+        state: `[.., B, T, ..]`, as that module returned one.
+
+    Returns:
+        `[B, T, V]`.
     """
     target = next(call for call in calls if call.path == path)
     with ExitStack() as stack:

@@ -31,7 +31,7 @@ def find_anatomy(model: PreTrainedModel, calls: list[Call], logits: Tensor, repl
 
     Args:
         calls: every module call of one forward, in order of beginning.
-        logits: what that forward returned.
+        logits: `[B, T, V]`, what that forward returned.
         replaced: runs the model again with one module's output replaced.
 
     Raises:

@@ -60,7 +60,7 @@ def sequences(declared: Sequence[Transform], most: int = MOST_IN_A_GAP) -> Itera
 
 
 def transformed(model: PreTrainedModel, rows: Sequence[Transform], state: Tensor | None) -> Tensor | None:
-    """The state after these transforms in turn; None where one of them does not fit what it gets."""
+    """The state, of any shape, after these transforms in turn; None where one of them does not fit what it gets."""
     try:
         for row in rows:
             state = None if state is None else row.apply(state, row.value(model))
