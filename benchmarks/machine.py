@@ -89,7 +89,7 @@ def description(found: Limits, dtype: str) -> dict[str, str]:
         "processor": f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         **({"device": torch.cuda.get_device_name()} if GPU else {}),
         "reads": f"{found.bandwidth / 1e9:.0f} GB/s",
-        "multiplies": f"{found.flops / 1e9:.0f} GFLOP/s in {dtype}",
+        "multiplies": f"{round(found.flops / 1e9, 1):g} GFLOP/s in {dtype}",
         **{name: version(name) for name in ("torch", "transformers", "onnxruntime")},
     }
 
