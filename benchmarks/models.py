@@ -45,6 +45,12 @@ def wrapped_ways(plain: Any, lookback: int) -> dict[str, Any]:
     return {"unwrapped": plain} | {way: wrapped(plain, lookback, way) for way in WAYS}
 
 
+def step_ways(plain: Any, lookback: int) -> dict[str, Any]:
+    """`wrapped_ways`, on a GPU without "lazy": steps are captured there, and a captured step goes by no value."""
+    ways = wrapped_ways(plain, lookback)
+    return {way: model for way, model in ways.items() if way != "lazy" or not machine.GPU}
+
+
 @torch.no_grad()
 def filled_cache(model: Any, batch: int, context: int) -> DynamicCache:
     """What the model keeps of a prompt of `context` tokens, the same in each row, and room for one token more.

@@ -2,7 +2,7 @@
 
 Many rows cost more to multiply than the unembedding to read. So the first reading takes layer L and the layers behind
 it that cost next to nothing there, and later readings the other layers, of the rows that go on. How many go on is a
-tensor, which only `unembed_sums` looks at: everything here is static tensor operations, as in `cdsurgery.trough`.
+tensor, and everything here is static tensor operations, as in `cdsurgery.trough`.
 """
 
 from __future__ import annotations

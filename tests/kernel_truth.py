@@ -57,7 +57,7 @@ def kernel(
         return *launching.launch(state, weight, bias, scale, softcap, widened, counted, some, products), products
 
 
-def in_pytorch(
+def operator(
     state: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -68,30 +68,22 @@ def in_pytorch(
     written: int | None = None,
     active: int | None = None,
 ) -> Sums:
+    """`unembed_sums` itself, where its tensors are."""
+    counted, written = len(weight) if counted is None else counted, len(state) if written is None else written
+    return unembed_sums(state, weight, bias, scale, softcap, widened, counted, written, number(active, state))
+
+
+def in_pytorch(*given: Any, **options: Any) -> Sums:
     """The implementation for the CPU, with the vocabulary in blocks of 100."""
-    counted, written = len(weight) if counted is None else counted, len(state) if written is None else written
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cdsurgery.kernels.unembed_sums, "CPU_LOGITS", 100 * len(state))
-        some = number(active, state)
-        return unembed_sums(state, weight, bias, scale, softcap, widened, counted, written, some)
+        patch.setattr(cdsurgery.kernels.unembed_sums, "CPU_LOGITS", 100 * len(given[0]))
+        return operator(*given, **options)
 
 
-def on_gpu(
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    widened: bool = False,
-    counted: int | None = None,
-    written: int | None = None,
-    active: int | None = None,
-) -> Sums:
+def on_gpu(*given: Any, **options: Any) -> Sums:
     """The operator on a GPU."""
-    counted, written = len(weight) if counted is None else counted, len(state) if written is None else written
-    given = [None if one is None else one.cuda() for one in (state, weight, bias)]
-    some = number(active, given[0])
-    return tuple(tensor.cpu() for tensor in unembed_sums(*given, scale, softcap, widened, counted, written, some))
+    given = tuple(one.cuda() if isinstance(one, Tensor) else one for one in given)
+    return tuple(tensor.cpu() for tensor in operator(*given, **options))
 
 
 WAYS = [

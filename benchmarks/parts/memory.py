@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from benchmarks.machine import GPU, Limits
-from benchmarks.models import decode_step, filled_cache, wrapped_ways
+from benchmarks.machine import Limits
+from benchmarks.models import decode_step, filled_cache, step_ways
 from benchmarks.report import Table
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
@@ -52,9 +52,7 @@ class Peak(TorchDispatchMode):
 @torch.no_grad()
 def peaks(setting: Setting, _limits: Limits) -> Table:
     """Megabytes of a decode step on `context` tokens, and of a prefill of as many."""
-    models = wrapped_ways(random_model(setting.shape, setting.torch_dtype), setting.lookback)
-    if GPU:  # as in `benchmarks.parts.step`
-        del models["lazy"]
+    models = step_ways(random_model(setting.shape, setting.torch_dtype), setting.lookback)
     plain = models["unwrapped"]
     cache = filled_cache(plain, setting.batch, setting.context)
     ids = torch.zeros(setting.batch, setting.context, dtype=torch.int64, device=plain.device)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.machine import GPU, Limits
-from benchmarks.models import bytes_of, decode_step, filled_cache, wrapped_ways
+from benchmarks.machine import Limits
+from benchmarks.models import bytes_of, decode_step, filled_cache, step_ways, wrapped_ways
 from benchmarks.report import Table, compared
 from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
@@ -19,16 +19,11 @@ from benchmarks.timing import interleaved
 
 
 def decode_steps(setting: Setting, limits: Limits) -> Table:
-    """One new token a row on a cache of `context` tokens; `rate` of the rows move by one layer.
-
-    On a GPU without "lazy", as steps are captured there, and a captured step goes by no value.
-    """
+    """One new token a row on a cache of `context` tokens; `rate` of the rows move by one layer."""
     plain = random_model(setting.shape, setting.torch_dtype)
     cache = filled_cache(plain, setting.batch, setting.context)
     steps = Roofline(plain, limits).steps(setting.batch, bytes_of(cache), setting.lookback, setting.rate)
-    models = wrapped_ways(plain, setting.lookback)
-    if GPU:
-        del models["lazy"]
+    models = step_ways(plain, setting.lookback)
     timings = _in_turns(models, setting, lambda model: decode_step(model, cache, setting.batch))
     return compared(timings, steps | {"published": steps["full"]})
 

@@ -21,7 +21,7 @@ from benchmarks.shapes import random_model
 from benchmarks.timing import Timing, interleaved
 
 LOOKBACKS, BATCHES, SHARES = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16), (0.25, 0.5, 1.0)
-SCANS = ("full", "fused") if GPU else ("lazy", "full", "fused")  # on a GPU as in `benchmarks.parts.step`
+SCANS = ("full", "fused") if GPU else ("lazy", "full", "fused")  # as of `step_ways`
 Point = tuple[int, int, int]  # rows, K, entries of the vocabulary
 
 

@@ -18,6 +18,7 @@ from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.signature import Signature, TensorSpec
 
 NAME = "cdsurgery.json"
+ENGINE_NAME = "engine.json"  # of `export.tensorrt.manifest`; the engine of a head has only this one
 SCHEMA_VERSION = 2
 Read = TypeVar("Read")
 
@@ -80,7 +81,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         ArtifactError: there is none, it cannot be read, or its schema is another.
     """
     path = Path(folder) / NAME
-    if not path.is_file() and (Path(folder) / "engine.json").is_file():
+    if not path.is_file() and (Path(folder) / ENGINE_NAME).is_file():
         raise ArtifactError(
             f"{folder} is the engine of a head alone, which takes states and no tokens. Open it with "
             "cdsurgery.export.tensorrt.EngineSession."

@@ -83,7 +83,7 @@ def checked_gpu(manifest: EngineManifest) -> torch.device:
     if (
         not manifest.targets
         and manifest.package == "tensorrt"
-        and manifest.gpu not in (None, found)
+        and manifest.gpu not in (None, found)  # None where it was built beside a PyTorch without CUDA
         and not manifest.portable
     ):
         raise ArtifactError(

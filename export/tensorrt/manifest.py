@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cdsurgery.errors import ArtifactError
-from cdsurgery.export.artifact.manifest import parsed_signature, read_versioned
+from cdsurgery.export.artifact.manifest import ENGINE_NAME, parsed_signature, read_versioned
 from cdsurgery.export.signature import Signature
 from cdsurgery.export.tensorrt.profiles import Profile, Range
 
-NAME, ENGINE_FILE, LOG_FILE = "engine.json", "model.engine", "build.log"
+NAME, ENGINE_FILE, LOG_FILE = ENGINE_NAME, "model.engine", "build.log"
 SCHEMA_VERSION = 1
 
 

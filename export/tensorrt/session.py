@@ -129,8 +129,9 @@ class EngineSession:
             if self.manifest.profiles[index] is self._replays:
                 # A captured step has its context to itself: changing a context's shapes breaks its graphs.
                 # https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/optimization.html
-                ready = lambda *sides: self._ready(self._context(index), *sides)  # noqa: E731
-                return self._steps.run(feed, lengths, self._stream, ready)
+                return self._steps.run(
+                    feed, lengths, self._stream, lambda *sides: self._ready(self._context(index), *sides)
+                )
             self._steps.check(feed)
         inputs = {name: _bindable(tensor.to(self._place(name))) for name, tensor in feed.items()}
         outputs = {
