@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from cdsurgery.timing import finish
+
 GPU = torch.cuda.is_available()
 
 
@@ -28,12 +30,6 @@ class Limits:
 
     bandwidth: float
     flops: float
-
-
-def finish() -> None:
-    """Wait until the device has done what it was given."""
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def captured(work: Callable[[], object]) -> Callable[[], object]:

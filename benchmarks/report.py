@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.timing import Timing
+from cdsurgery.timing import Timing
 
 Cell = str | int | float | None
 SPREAD = ("lower quartile", "median", "upper quartile")

@@ -32,15 +32,18 @@ class Roofline:
         embeddings = 1 if self.config.tie_word_embeddings else 2
         self.body = sum(count.values()) - self.experts - embeddings * self.vocabulary * self.width
 
-    def steps(self, batch: int, cache: int, lookback: int, rate: float) -> dict[str, float]:
+    def steps(self, batch: int, cache: int, lookback: int, rate: float, tokens: int = 1) -> dict[str, float]:
         """Way -> seconds, on a cache of so many bytes, where `rate` of the rows move, by one layer.
+
+        Of several `tokens` a row, as in a prefill, the last one's logits are wanted; what their attention to each other
+        takes is not counted, so that the ratios are above those of the perfect machine.
 
         "lazy" projects every row twice and those that moved once more; "full" all candidates in two products, the
         model's own and ours, whose logits are written and read; "one pass" all of them in one product. "fused" reads as
         `reading_plan` has it: some layers of every row in one product, whose results are written, and where those are
         too few for a row that moves, more of the rows that did in another.
         """
-        unwrapped = self.unwrapped(batch, cache)
+        unwrapped = self.unwrapped(batch, cache, tokens)
         some, moving = 1 - (1 - rate) ** batch, max(1, rate * batch)  # how often a row moves, and how many do then
         logits = 2 * lookback * batch * self.vocabulary * 4 / self.limits.bandwidth
         body, row = unwrapped - self.product(batch), self.vocabulary * self.element / self.limits.bandwidth
@@ -56,14 +59,14 @@ class Roofline:
             "one pass": body + self.product((lookback + 1) * batch) + logits,
         }
 
-    def unwrapped(self, batch: int, cache: int) -> float:
+    def unwrapped(self, batch: int, cache: int, tokens: int = 1) -> float:
         """A step of the model alone."""
         touched, used = 1.0, 0.0
-        if self.experts:  # the share of the experts that some row is sent to, and that each row is
+        if self.experts:  # the share of the experts that some token is sent to, and that each token is
             used = self.config.num_experts_per_tok / self.number_of_experts
-            touched = 1 - (1 - used) ** batch
+            touched = 1 - (1 - used) ** (batch * tokens)
         read = (self.element * (self.body + touched * self.experts) + cache) / self.limits.bandwidth
-        computed = 2 * batch * (self.body + used * self.experts) / self.limits.flops
+        computed = 2 * batch * tokens * (self.body + used * self.experts) / self.limits.flops
         return max(read, computed) + self.product(batch)
 
     def product(self, rows: float) -> float:

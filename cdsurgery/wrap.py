@@ -69,10 +69,10 @@ def wrap(
             "with cdsurgery.unwrap(model) and wrap it again."
         )
     anatomy = proven_anatomy(host, anatomy)
-    if config.scan == "fused":
-        open_(host, anatomy)
     depth = len(anatomy.layers)
     config = config.resolve(depth)
+    if config.scan == "fused":
+        open_(host, anatomy)
     candidates = [host.get_submodule(path) for path in anatomy.layers[depth - 2 :: -1][: int(config.lookback)]]
     operate_(host, config, anatomy, Taps(candidates, anatomy.batch_axis))
     if host is not model:

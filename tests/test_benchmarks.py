@@ -30,7 +30,7 @@ from benchmarks.report import Table
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import SHAPES
-from benchmarks.timing import interleaved
+from cdsurgery.timing import interleaved
 
 
 def test_ratios_are_of_the_same_round_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_what_is_captured_waits_for_its_inputs_and_keeps_them(monkeypatch: pytes
     monkeypatch.setattr(machine, "GPU", True)
     for name, fake in {"Stream": object, "CUDAGraph": Graph, "stream": nullcontext, "graph": nullcontext}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, fake=fake: fake())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(machine, "finish", lambda: events.append("wait"))
     token = torch.zeros(1)
     alive = weakref.ref(token)
     replay = machine.captured(lambda given=token: events.append("work"))
@@ -191,11 +191,6 @@ def test_a_pass_is_compared_with_one_row_and_with_all_logits(small: Setting, dty
     names = ["one row's logits", "read W", "logits, then entropy", "fused", "fused, logits written"]
     assert [row[0] for row in rows] == names
     assert rows[0][1] == 1.0
-
-
-def test_dola_is_missed_by_name(small: Setting) -> None:
-    (note,) = benchmarks.__main__.PARTS["generation"](small, Limits(1e9, 1e9)).notes
-    assert note == "DoLa was not measured: nowhere/bin/python is not there: make .venv-dola/ready makes it."
 
 
 def test_memory_is_that_of_the_candidates(small: Setting) -> None:

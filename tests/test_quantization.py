@@ -2,116 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from artifacts import Client, padded, shared
+from artifacts import Client, padded
 from families import algorithm_1, mostly, tiny_model, token_ids
+from quantized import (
+    CASES,
+    INT4,
+    INT8,
+    LAYERS,
+    USUAL,
+    Case,
+    artifact,
+    graph,
+    head_name,
+    multiplied,
+    quantized_names,
+    twin,
+    wrapped,
+)
 
 import cdsurgery
-from cdsurgery import ArtifactError, InvalidInputError, export
+from cdsurgery import InvalidInputError, export
 from cdsurgery.cli.main import main
 from cdsurgery.entropy import entropy
 from cdsurgery.export.artifact.manifest import read_manifest
-from cdsurgery.export.parity.noise import NoiseReport
 
-LAYERS, LOOKBACK, RELATIVE = 4, 2, 1e-5
+RELATIVE = 1e-5
 
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model and how it is quantised. 72 is no multiple of a block's 32; 64, 96 and 256 are."""
-
-    family: str
-    scheme: Any
-    head: bool = True
-    tied: bool = True
-    hidden: int = 64
-
-    def __str__(self) -> str:
-        parts = self.family, self.scheme, "head" if self.head else "kept", "tied" if self.tied else "untied"
-        return "-".join([*parts, str(self.hidden)])
-
-
-INT4 = Case("llama", "int4")
-INT8 = Case("llama", "int8")
-CASES = [
-    INT4,
-    INT8,
-    Case("qwen3", "int4", hidden=72),
-    Case("qwen3", "int4", tied=False, head=False),
-]
-USUAL = CASES[:2]
 every_case = pytest.mark.parametrize("case", mostly(USUAL, CASES), ids=str)
 every_int4 = pytest.mark.parametrize("case", mostly(USUAL, [case for case in CASES if case.scheme == "int4"]), ids=str)
 every_int8 = pytest.mark.parametrize("case", [case for case in CASES if case.scheme == "int8"], ids=str)
-
-
-@functools.cache
-def wrapped(case: Case) -> Any:
-    options = {"num_hidden_layers": LAYERS, "tie_word_embeddings": case.tied, "hidden_size": case.hidden}
-    return cdsurgery.wrap(tiny_model(case.family, **options), lookback=LOOKBACK)
-
-
-@functools.cache
-def artifact(case: Case) -> Path:
-    options: dict[str, Any] = {"quantization": case.scheme, "quantize_head": case.head}
-    return shared(str(case), lambda folder: export.to_onnx(wrapped(case), folder, **options))
-
-
-def graph(case: Case) -> Any:
-    return onnx.load(artifact(case) / "model.onnx").graph
-
-
-def head_name(case: Case) -> str:
-    return "model.embed_tokens.weight" if case.tied else "lm_head.weight"
-
-
-def multiplied(case: Case, name: str) -> np.ndarray:
-    """The matrix `[in, out]` that ONNX Runtime multiplies with: its own kernel on the rows of the identity."""
-    weights = {tensor.name: tensor for tensor in graph(case).initializer if tensor.name.startswith(name)}
-    if case.scheme == "int8":
-        # One product of integers with nothing to round: DequantizeLinear is its definition.
-        inputs = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
-        node = onnx.helper.make_node("DequantizeLinear", inputs, ["y"], axis=1)
-        depth = None
-    else:
-        (found,) = [node for node in graph(case).node if node.op_type == "MatMulNBits" and f"{name}_Q4" in node.input]
-        node = onnx.helper.make_node("MatMulNBits", ["x", *found.input[1:]], ["y"], domain="com.microsoft")
-        node.attribute.extend(found.attribute)
-        depth = next(attribute.i for attribute in found.attribute if attribute.name == "K")
-    inputs = [] if depth is None else [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)]
-    outputs = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
-    alone = onnx.helper.make_graph([node], "alone", inputs, outputs, list(weights.values()))
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(alone, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    return session.run(None, {} if depth is None else {"x": np.eye(depth, dtype=np.float32)})[0]
-
-
-@functools.cache
-def twin(case: Case) -> Any:
-    """A copy of the model with the weights that ONNX Runtime multiplies with."""
-    model = copy.deepcopy(wrapped(case))
-    parameters = dict(model.named_parameters())
-    for name in quantized_names(case):
-        parameters[name].data = torch.from_numpy(multiplied(case, name).T.copy())
-    return model
-
-
-def quantized_names(case: Case) -> list[str]:
-    left = read_manifest(artifact(case)).quantization["float"]  # type: ignore[index]
-    return [name for name, weight in wrapped(case).named_parameters() if weight.ndim > 1 and name not in left]
 
 
 @every_case
@@ -218,60 +145,6 @@ def test_the_selection_follows_exactly_from_the_entropies_the_graph_returns(case
     chosen = np.take_along_axis(found["entropy"], depth[..., None], -1)[..., 0]
     spoken = entropy(torch.from_numpy(found["logits"])).numpy()
     assert np.allclose(chosen, spoken, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", [INT4, INT8], ids=str)
-def test_verify_gives_the_model_its_own_weights_back(case: Case) -> None:
-    model = copy.deepcopy(wrapped(case))
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    assert export.verify(artifact(case), model).passed
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-
-
-def test_verify_of_int4_sees_what_a_float_weight_is_off_by_one_in_ten_thousand() -> None:
-    other = copy.deepcopy(wrapped(INT4))
-    other.model.norm.weight.data.mul_(1.0001)
-    assert not export.verify(artifact(INT4), other).passed
-
-
-@pytest.mark.parametrize("case", [INT4, INT8], ids=str)
-def test_verify_refuses_weights_that_are_no_rounding_of_the_models(case: Case) -> None:
-    other = copy.deepcopy(wrapped(case))
-    projection = other.model.layers[1].self_attn.q_proj.weight
-    projection.data = projection.data.T.contiguous().roll(1)
-    before = other.lm_head.weight.clone()
-    with pytest.raises(ArtifactError, match=r"q_proj\.weight' is no quantised form of the model's"):
-        export.verify(artifact(case), other)
-    assert torch.equal(other.lm_head.weight, before)
-
-
-def test_verify_of_int8_states_the_noise_and_fails_on_what_is_not_noise() -> None:
-    report = export.verify(artifact(INT8), wrapped(INT8))
-    assert isinstance(report, NoiseReport)
-    fields = json.loads(json.dumps(report.to_dict()))
-    assert fields["passed"]
-    assert 0.001 < fields["noise"] < 0.2
-    assert 0 < fields["relative"] < fields["relative_max"]
-    assert 0 < fields["divergence"] < fields["divergence_max"]
-    assert fields["rows"] * 0.7 < fields["equal"] <= fields["rows"]
-    for part in ("by rounding in PyTorch", "mean", "max nats", "rows equal", "greedy tokens", "passed"):
-        assert part in str(report)
-    other = copy.deepcopy(wrapped(INT8))
-    other.model.layers[2].post_attention_layernorm.weight.data.mul_(1.5)
-    assert not export.verify(artifact(INT8), other).passed
-
-
-def test_a_noise_report_holds_what_does_not_hang_on_noise() -> None:
-    """Rows whose layer, or whose entropies, are not those of the logits that came with them."""
-    logits = torch.tensor([[3.0, 1.0, 0.0]])
-    h = entropy(logits)
-    for layer, seen, passes in ((4, [h, h + 1], True), (3, [h, h + 1], False), (4, [h + 1e-3, h + 1], False)):
-        report = NoiseReport(4, 0.05, entropy)
-        rows = [logits, logits, torch.tensor([layer]), torch.stack(seen, dim=-1)]
-        report.add_rows(rows, [logits + 0.01 * torch.randn(1, 3), logits, torch.tensor([4]), rows[3]])
-        assert report.passed is passes
-    assert not NoiseReport(4, 0.05, entropy).passed
 
 
 @pytest.mark.thorough

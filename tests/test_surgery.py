@@ -261,11 +261,13 @@ def test_what_is_no_transformers_model_is_refused() -> None:
 
 def test_a_bad_option_is_refused_and_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
-    attributes = dict(model.__dict__)
-    for options in ({"lookback": 6}, {"lookback": 0}, {"lookback": 1.5}, {"probability": 1.1}, {"measure": "nats"}):
+    attributes, parts = dict(model.__dict__), [type(module) for module in model.modules()]
+    bad: list[dict[str, Any]] = [{"lookback": 0}, {"lookback": 1.5}, {"probability": 1.1}, {"measure": "nats"}]
+    # What only the model's depth shows to be bad is seen late.
+    for options in (*bad, {"lookback": 6}, {"lookback": 6, "scan": "fused"}):
         with pytest.raises(InvalidInputError, match=f"{next(iter(options))} is {next(iter(options.values()))!r}"):
             cdsurgery.wrap(model, **options)
-    assert type(model) is LlamaForCausalLM and model.__dict__ == attributes
+    assert [type(module) for module in model.modules()] == parts and model.__dict__ == attributes
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from benchmarks.machine import GPU, Limits, captured
 from benchmarks.report import Table, compared
 from benchmarks.setting import Setting
 from benchmarks.shapes import config_of
-from benchmarks.timing import interleaved
 from cdsurgery.entropy import entropy
 from cdsurgery.kernels.unembed_sums import unembed_sums
+from cdsurgery.timing import interleaved
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import random_model
 from benchmarks.text import writing
-from benchmarks.timing import interleaved
+from cdsurgery.timing import interleaved
 
 
 def generations(setting: Setting, _limits: Limits) -> Table:
@@ -23,8 +23,7 @@ def generations(setting: Setting, _limits: Limits) -> Table:
     del models
     note = "DoLa is transformers' own, of an older version, against the unwrapped model there."
     try:
-        unwrapped, *others = dola.generations(setting)
-        timings += [replace(unwrapped, name="unwrapped, there"), *others]
+        timings += dola.generations(setting)
     except FileNotFoundError as error:
         note = f"DoLa was not measured: {error}"
     return replace(compared(timings), notes=(note,))

@@ -17,8 +17,8 @@ from benchmarks.report import Table, compared
 from benchmarks.roofline import Roofline
 from benchmarks.setting import Setting
 from benchmarks.shapes import random_model
-from benchmarks.timing import interleaved
 from cdsurgery import export
+from cdsurgery.timing import interleaved
 
 
 def decode_steps(setting: Setting, limits: Limits) -> Table:

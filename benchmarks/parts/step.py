@@ -15,7 +15,7 @@ from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import random_model
-from benchmarks.timing import interleaved
+from cdsurgery.timing import interleaved
 
 
 def decode_steps(setting: Setting, limits: Limits) -> Table:
@@ -28,15 +28,17 @@ def decode_steps(setting: Setting, limits: Limits) -> Table:
     return compared(timings, steps | {"published": steps["full"]})
 
 
-def prefills(setting: Setting, _limits: Limits) -> Table:
+def prefills(setting: Setting, limits: Limits) -> Table:
     """A prompt of `context` tokens a row into an empty cache, of which the last one's logits are wanted."""
 
     def prefill(model: Any) -> Callable[[], object]:
         ids = torch.zeros(setting.batch, setting.context, dtype=torch.int64, device=model.device)
         return lambda: model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
 
-    models = wrapped_ways(random_model(setting.shape, setting.torch_dtype), setting.lookback)
-    return compared(_in_turns(models, setting, prefill))
+    plain = random_model(setting.shape, setting.torch_dtype)
+    steps = Roofline(plain, limits).steps(setting.batch, 0, setting.lookback, setting.rate, tokens=setting.context)
+    timings = _in_turns(wrapped_ways(plain, setting.lookback), setting, prefill)
+    return compared(timings, steps | {"published": steps["full"]})
 
 
 def _in_turns(models: dict[str, Any], setting: Setting, work: Callable[[Any], Callable[[], object]]) -> Any:

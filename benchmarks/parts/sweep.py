@@ -18,7 +18,7 @@ from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import random_model
-from benchmarks.timing import Timing, interleaved
+from cdsurgery.timing import Timing, interleaved
 
 LOOKBACKS, BATCHES, SHARES = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16), (0.25, 0.5, 1.0)
 SCANS = ("full", "fused") if GPU else ("lazy", "full", "fused")  # as of `step_ways`

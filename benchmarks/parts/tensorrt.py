@@ -22,11 +22,11 @@ from benchmarks.report import SPREAD, Cell, Table
 from benchmarks.roofline import Roofline
 from benchmarks.setting import Setting
 from benchmarks.shapes import config_of, random_model
-from benchmarks.timing import interleaved
 from cdsurgery import export
 from cdsurgery.export.runtime.lengths import shape_of
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, torch_dtype
 from cdsurgery.export.tensorrt import EngineSession
+from cdsurgery.timing import interleaved
 
 BATCHES = (1, 8, 32, 128)
 

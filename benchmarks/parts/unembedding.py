@@ -9,7 +9,7 @@ from benchmarks.machine import Limits
 from benchmarks.report import Table, compared
 from benchmarks.setting import Setting
 from benchmarks.shapes import config_of
-from benchmarks.timing import interleaved
+from cdsurgery.timing import interleaved
 from cdsurgery.unembedding import few_rows_linear
 
 

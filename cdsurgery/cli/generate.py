@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from cdsurgery.cli.model import import_export, is_artifact, load, load_tokenizer, wrap
+from cdsurgery.cli.model import add_device_argument, import_export, is_artifact, load, load_tokenizer, wrap
 from cdsurgery.cli.screen import Screen, TokenCounter, visible
 from cdsurgery.cli.text import check_prompt, decode, encode
 from cdsurgery.cli.wrapping import add_wrapping_arguments, given_flags, wrapping_config
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     group.add_argument("--temperature", type=float, metavar="T", help="with --sample: below 1 safer, above 1 wilder")
     group.add_argument("--top-p", type=float, metavar="P", help="with --sample: draw from the likeliest P of the mass")
+    add_device_argument(parser)
     add_wrapping_arguments(parser)
 
 
@@ -40,7 +41,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     check_prompt(options.prompt)
     generation = _generation_options(options)
     model, tokenizer, layers = _open(options, screen)
-    inputs = encode(tokenizer, options.prompt, model.config, options.max_new_tokens)
+    encoded = encode(tokenizer, options.prompt, model.config, options.max_new_tokens)
+    inputs = {name: tensor.to(model.device) for name, tensor in encoded.items()}
     started = time.perf_counter()
     with screen.stage("Generating") as stage:
         generation["streamer"] = TokenCounter(stage, options.max_new_tokens)
@@ -91,13 +93,18 @@ def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int | 
                 f"{options.model} is an exported artifact, whose layer selection was fixed when it was made. Leave out "
                 f"{', '.join(fixed) or '--plain'}, or give the model it was made from."
             )
+        if options.device is not None:
+            raise InvalidInputError(
+                f"{options.model} is an exported artifact, which runs where it was made for. Leave out --device, or "
+                "give the model it was made from."
+            )
         with screen.stage(f"Loading {options.model}"):
             runner = import_export().load(options.model)
         _seed(options.seed)
         return runner, load_tokenizer(options.model), runner.manifest.layers
     if options.plain and fixed:
         raise InvalidInputError(f"--plain decodes from the final layer only; leave out {', '.join(fixed)}.")
-    model: Any = load(options.model, screen)
+    model: Any = load(options.model, screen, options.device)
     tokenizer = load_tokenizer(options.model)
     _seed(options.seed)
     if options.plain:

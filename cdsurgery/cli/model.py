@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdsurgery.errors import SurgeryError
+from cdsurgery.errors import InvalidInputError, SurgeryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,13 +21,53 @@ def is_artifact(source: str) -> bool:
     return (Path(source) / "cdsurgery.json").is_file()
 
 
-def load(source: str, screen: Screen) -> PreTrainedModel:
-    """The plain model, under a stage of its own."""
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare where PyTorch runs the model."""
+    parser.add_argument("--device", metavar="NAME", help="where PyTorch runs it, such as cuda or cuda:1 (default cpu)")
+
+
+def load(source: str, screen: Screen, device: str | None = None) -> PreTrainedModel:
+    """The plain model, under a stage of its own, on the CPU unless a device is named.
+
+    Raises:
+        InvalidInputError: there is no such device, or no such model.
+        SurgeryError: the device's memory does not hold it.
+    """
     with screen.stage(f"Loading {source}"):
         silence_transformers()
         from cdsurgery.loading import load_causal_lm
 
-        return load_causal_lm(source)
+        if device is None:
+            return load_causal_lm(source)
+        _check_device(device)
+        return _moved(load_causal_lm(source), source, device)
+
+
+def _check_device(device: str) -> None:
+    """Before a model is loaded for it."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInputError(
+            f"--device is {device}, where PyTorch cannot compute: {reason} Leave it out for the CPU; a GPU is cuda, or "
+            "cuda:1 for the second one, where torch.cuda.is_available()."
+        ) from error
+
+
+def _moved(model: Any, source: str, device: str) -> PreTrainedModel:
+    import torch
+
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        size = model.get_memory_footprint() / 1e9
+        raise SurgeryError(
+            f"The memory of {device} does not hold {source}, whose weights are {size:.1f} GB. Leave out --device, or "
+            "load it in Python with a device_map and wrap it there."
+        ) from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

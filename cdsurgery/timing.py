@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks.machine import finish
+import torch
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,23 @@ class Timing:
     high: float
 
 
-def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> list[Timing]:
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[str], object] | None = None
+) -> list[Timing]:
     """Time every way once a round, in an order that rotates, so that what slows the machine slows all of them.
 
     Args:
         ways: name -> what to run; the first is what the others are compared with.
         rounds: at least 2; one more is run before and not counted.
+        before: is told a way's name before each of its runs, and is not timed.
     """
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if before is not None:
+                before(name)
+            finish()
             start = time.perf_counter()
             ways[name]()
             finish()
@@ -53,3 +59,9 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> list[Timi
         mean, base = statistics.fmean(counted[name]), statistics.fmean(counted[names[0]])
         timings.append(Timing(name, 1e3 * mean, mean / base, low, middle, high))
     return timings
+
+
+def finish() -> None:
+    """Wait until the GPU has done what it was given; without one there is nothing to wait for."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
