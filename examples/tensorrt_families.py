@@ -37,15 +37,22 @@ def cell(family: str, dtype: str, folder: Path, package: str | None) -> tuple[st
     try:
         export.to_tensorrt(folder / "artifact", folder / "engine", package=package)
     except cdsurgery.ArtifactError as error:
-        lines = str(error).splitlines()
-        stage = "does not parse" if " cannot read " in lines[0] else "does not build"
-        return f"{stage}: {lines[-1].strip().replace('|', ' ')}", "-"
+        stage = "does not parse" if " cannot read " in str(error).splitlines()[0] else "does not build"
+        return f"{stage}: {_cell(error)}", "-"
     made = read_engine_manifest(folder / "engine")
     built = f"{made.engine['size'] / 1e6:.1f} MB, {made.build_seconds:.0f} s"
     if not torch.cuda.is_available():
         return built, "-"
-    report = export.verify(folder / "engine", model.to("cuda"))
+    try:
+        report = export.verify(folder / "engine", model.to("cuda"))
+    except cdsurgery.SurgeryError as error:  # an engine for other GPUs than this one, for example
+        return built, _cell(error)
     return built, f"{'passed' if report.passed else 'FAILED'}, {report.final_logits:.1e}"
+
+
+def _cell(error: Exception) -> str:
+    """Its last line, which is TensorRT's own where TensorRT said something."""
+    return str(error).splitlines()[-1].strip().replace("|", " ")
 
 
 def rows(families: list[str], dtypes: list[str], package: str | None) -> list[str]:

@@ -58,6 +58,8 @@ def settings_of(family: str, **changes: Any) -> Settings:
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "default_max_tokens": 16,
         "slots": 4,
         "chunk": 5,

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -14,11 +15,6 @@ from types import ModuleType
 import pytest
 
 import cdsurgery
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest depends on it there
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from families import mostly
 from cdsurgery import ArtifactError, InvalidInputError, SurgeryError, export
 from cdsurgery.cli.main import main
 from cdsurgery.export.tensorrt import package
+from cdsurgery.export.tensorrt.build import _timing_cache
 from cdsurgery.export.tensorrt.log import make_log
 from cdsurgery.export.tensorrt.manifest import read_engine_manifest
 from cdsurgery.export.tensorrt.options import BuildOptions
@@ -152,6 +154,12 @@ def test_what_cannot_be_built_is_refused_in_clear_words(
     with pytest.raises(kind, match=message):
         export.to_tensorrt(artifact("llama"), tmp_path / "engine", **(SMALL | options))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_a_timing_cache_is_there_before_an_engine_is_built_for_minutes(tmp_path: Path) -> None:
+    config = SimpleNamespace(create_timing_cache=lambda known: known, set_timing_cache=lambda cache, mismatch: True)
+    assert _timing_cache(SimpleNamespace(), config, tmp_path / "new" / "kernels") == b""
+    assert (tmp_path / "new").is_dir()
 
 
 @needs_rtx

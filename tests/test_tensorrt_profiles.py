@@ -58,7 +58,7 @@ def test_profiles_follow_from_the_context_and_the_memory_of_the_cache() -> None:
         assert decode.axes[BATCH] == Range(1, batch, batch)
         assert decode.axes[PAST].maximum == prefill.axes[PAST].maximum == tokens - 1
         assert decode.axes[SEQUENCE] == Range(1, 1, 1)
-        assert prefill.axes[SEQUENCE] == Range(1, 128, 1024)
+        assert prefill.axes[SEQUENCE] == Range(1, min(128, tokens), min(1024, tokens))
         assert 2 * batch * (tokens * token + fixed) <= memory
     with pytest.raises(InvalidInputError, match=r"not one token fits into cache_memory=100\. Give more"):
         decoder_profiles(made, 4096, cache_memory=100)

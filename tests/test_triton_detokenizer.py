@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 from triton_server import ROOT
 
@@ -35,6 +36,22 @@ def test_pieces_of_text_are_whole_characters_and_together_the_text(tokenizer: An
     assert "".join(pieces) + detokenizer.flush() == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_prompt_of_many_bytes_does_not_spoil_the_first_character() -> None:
+    """Tokens that are single bytes, as Llama 2 has them: the decoder gives up a run of them that is not all whole."""
+    inner = Tokenizer(models.BPE(byte_fallback=True))
+    inner.decoder = decoders.ByteFallback()
+    inner.add_tokens([f"<0x{byte:02X}>" for byte in range(256)])
+    ids = [inner.token_to_id(f"<0x{byte:02X}>") for byte in "\U0001f44d".encode()]
+
+    def decode(some: Sequence[int]) -> str:
+        return str(inner.decode(list(some), skip_special_tokens=False))
+
+    for before in range(4):
+        detokenizer = Detokenizer(decode, ids * before)
+        assert "".join(map(detokenizer.push, ids)) == "\U0001f44d"
+    assert Detokenizer(decode, ids[1:] * 2).push(ids[0]) == ""  # what begins nowhere has no beginning to look for
 
 
 def test_an_answer_that_ends_within_a_character_says_so(tokenizer: Any) -> None:

@@ -16,6 +16,7 @@ from triton_server import ENVIRONMENT, ROOT
 
 from cdsurgery import export
 from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
+from cdsurgery.export.artifact.manifest import describe_files
 from cdsurgery.export.triton.config import step_config, text_config, unary_config
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -87,7 +88,7 @@ def test_a_second_time_changes_no_byte_and_no_time_and_other_options_change_the_
 
     export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(slots=3))
     changed = {name for name, data in contents(repository).items() if first.get(name) != data}
-    assert changed == {"tiny/1/serving.json", "tiny_unary/1/unary.json"}
+    assert changed == {"tiny/1/serving.json"}
     export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(version=2))
     assert {path.name for path in (repository / "tiny").iterdir()} == {"1", "2", "config.pbtxt", "warmup"}
     assert [path.name for path in tmp_path.iterdir()] == ["repository"], "something was left behind"
@@ -110,9 +111,49 @@ def test_the_unary_twin_is_code_and_a_name_and_can_be_left_out(servable: Path, t
     export.to_triton(servable, tmp_path / "repository", name="tiny", options=options)
     found = contents(tmp_path / "repository" / "tiny_unary")
     assert found.keys() == {"config.pbtxt", "1/__init__.py", "1/model.py", "1/unary.json"}
-    assert json.loads(found["1/unary.json"]) == {"model": "tiny", "requests": 2 * (3 + 4) + 1}
+    assert json.loads(found["1/unary.json"]) == {"model": "tiny"}
     export.to_triton(servable, tmp_path / "without", name="tiny", options=export.ServingOptions(unary=False))
     assert [path.name for path in (tmp_path / "without").iterdir()] == ["tiny"]
+
+
+def test_twins_that_are_no_longer_asked_for_are_gone_and_models_called_like_twins_stay(
+    servable: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    alone = export.ServingOptions(unary=False)
+    export.to_triton(servable, repository, name="tiny", options=export.ServingOptions(step="onnxruntime"))
+    export.to_triton(servable, repository, name="tiny", options=alone)
+    assert [path.name for path in repository.iterdir()] == ["tiny"]
+    export.to_triton(servable, repository, name="tiny_unary", options=alone)  # a model of its own
+    before = contents(repository)
+    with pytest.raises(ArtifactError, match=r"tiny_unary is the text model of another name, not a unary model"):
+        export.to_triton(servable, repository, name="tiny")
+    export.to_triton(servable, repository, name="tiny", options=alone)
+    assert contents(repository) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"], "something was left behind"
+
+
+def test_no_first_request_is_sent_through_a_step_model_which_runs_only_when_the_server_is_ready(
+    servable: Path, tmp_path: Path
+) -> None:
+    for bls in (False, True):
+        options = export.ServingOptions(step="onnxruntime", bls=bls)
+        folder = export.to_triton(servable, tmp_path / f"repository-{bls}", name="tiny", options=options)
+        assert (folder / "warmup").exists() == ("model_warmup" in (folder / "config.pbtxt").read_text()) == (not bls)
+
+
+def test_settings_of_generate_are_kept_or_warned_of(servable: Path, tmp_path: Path) -> None:
+    source = tmp_path / "artifact"
+    shutil.copytree(servable, source)
+    manifest = json.loads((source / "cdsurgery.json").read_text())
+    asked = {"do_sample": True, "min_p": 0.25, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3, "num_beams": 1}
+    (source / "generation_config.json").write_text(json.dumps(asked))
+    manifest["files"] = describe_files(source)
+    (source / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match=r"asks for no_repeat_ngram_size=3, which the server does not do"):
+        folder = export.to_triton(source, tmp_path / "repository", name="tiny")
+    told = json.loads((folder / "1" / "serving.json").read_text())
+    assert [told[name] for name in ("temperature", "min_p", "repetition_penalty")] == [1.0, 0.25, 1.5]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "", ".hidden", "a..b", "/abs", "x" * 200, "a\n", "é"])

@@ -155,7 +155,7 @@ def test_a_full_queue_and_waiting_too_long_are_errors_with_reasons(server: Serve
     with ThreadPoolExecutor(3) as pool:
         found = sorted(pool.map(ask, range(3)))
     assert found == [
-        "1 requests wait already, which is this model's limit. Send it again later.",
+        "All 1 slots are taken and 1 requests wait already, which is this model's limit. Send it again later.",
         "No slot became free within 0.3 seconds.",
         "answer",
     ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from artifacts import artifact, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from cdsurgery.export.triton.repository import ARTIFACT
 from cdsurgery.export.triton.serving.cache import Rows, mask_and_positions, regroup
 from cdsurgery.export.triton.serving.decoder import OrtDecoder
 from cdsurgery.export.triton.serving.errors import FolderError, RequestError
-from cdsurgery.export.triton.serving.sampling import Sampler, SamplingOptions
 from cdsurgery.export.triton.serving.scheduler import Scheduler
 from cdsurgery.export.triton.serving.settings import check_files, read_settings
 
@@ -74,7 +72,7 @@ def test_who_goes_away_or_runs_out_of_time_leaves_the_others_their_tokens(tmp_pa
     assert scheduler.counts.running == 2
     scheduler.submit(request(config, asked[2], waits, queue_deadline=5.0))
     scheduler.submit(request(config, asked[3], late, deadline=2.0))
-    with pytest.raises(RequestError, match="2 requests wait already"):
+    with pytest.raises(RequestError, match="2 slots are taken and 2 requests wait already"):
         scheduler.submit(request(config, asked[4], Reply()))
     goes.gone, now[0] = True, 1.0
     scheduler.step()
@@ -118,39 +116,6 @@ def plain_truth(prompt: list[int]) -> list[int]:
     return truth(cdsurgery.unwrap(copy.deepcopy(wrapped("llama"))), prompt, NEW)
 
 
-def test_a_model_that_is_unloaded_tells_who_waits_and_who_runs(tmp_path: Path) -> None:
-    (tmp_path / ARTIFACT).symlink_to(artifact("llama"))
-    config = settings_of("llama", slots=2, chunk=2)
-    scheduler = Scheduler(OrtDecoder(tmp_path, config, ("cpu", 0)), config)
-    runs, prefills, waits = (Reply() for _ in range(3))
-    for prompt, reply in (([1], runs), ([1] * 9, prefills), ([1], waits)):
-        scheduler.submit(request(config, prompt, reply))
-    scheduler.step()
-    scheduler.step()
-    scheduler.close()
-    for reply in (runs, prefills, waits):
-        assert str(reply.error) == "The model was unloaded before the answer ended."
-    assert scheduler.counts.failed == 3
-
-
-def test_a_runtime_that_fails_ends_the_requests_in_slots_and_no_more(tmp_path: Path) -> None:
-    (tmp_path / ARTIFACT).symlink_to(artifact("llama"))
-    config = settings_of("llama")
-    decoder = OrtDecoder(tmp_path, config, ("cpu", 0))
-    scheduler = Scheduler(decoder, config)
-    unlucky, later = Reply(), Reply()
-    scheduler.submit(request(config, [1, 2], unlucky))
-    scheduler.step()
-    run, decoder.run = decoder.run, lambda *arguments: 1 / 0  # type: ignore[method-assign]
-    scheduler.step()
-    assert unlucky.error is not None and "ZeroDivisionError" in str(unlucky.error)
-    decoder.run = run  # type: ignore[method-assign]
-    scheduler.submit(request(config, [1, 2], later))
-    while scheduler.step():
-        pass
-    assert len(later.tokens) == NEW
-
-
 @given(st.data())
 @settings(max_examples=50, deadline=None)
 def test_a_regrouped_cache_is_what_loops_make_of_it(data: st.DataObject) -> None:
@@ -179,39 +144,6 @@ def test_masks_and_positions() -> None:
     mask, positions = mask_and_positions([1, 3, 0], 3, 2)
     assert mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
     assert positions.tolist() == [[1, 2], [3, 4], [0, 1]]
-
-
-LOGITS = np.array([0.0, 3.0, 1.0, 2.0, -np.inf], np.float32)
-
-
-def shares(count: int = 20_000, **options: Any) -> np.ndarray:
-    sampler = Sampler(SamplingOptions(seed=1, **options))
-    return np.bincount([sampler.choose(LOGITS) for _ in range(count)], minlength=5) / count
-
-
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({"temperature": 0.7}, [0, 1, 2, 3]),
-        ({"temperature": 1.0, "top_k": 2}, [1, 3]),
-        ({"temperature": 1.0, "top_p": 0.8}, [1, 3]),  # 0.64 and 0.24
-        ({"temperature": 1.0, "top_p": 0.6}, [1]),
-        ({"temperature": 1.0, "top_p": 0.0}, [1]),
-        ({"temperature": 2.0, "top_k": 3, "top_p": 0.99}, [1, 2, 3]),
-    ],
-)
-def test_samples_have_the_probabilities_of_what_is_kept(options: dict[str, Any], kept: list[int]) -> None:
-    wanted = np.zeros(5)
-    wanted[kept] = torch.softmax(torch.tensor(LOGITS[kept]).double() / options["temperature"], -1).numpy()
-    # Five standard deviations of a share of 20,000 draws are at most 0.018.
-    assert np.abs(shares(**options) - wanted).max() < 0.018
-
-
-def test_penalties_are_those_of_the_formula() -> None:
-    sampler = Sampler(SamplingOptions(frequency_penalty=0.5, presence_penalty=0.6))
-    assert not sampler.plain
-    # Token 1: 3, 1.9, 1.4, 0.9; token 3: 2, 0.9; token 2: 1, -0.1.
-    assert [sampler.choose(LOGITS) for _ in range(5)] == [1, 3, 1, 1, 2]
 
 
 def test_a_version_folder_that_was_changed_is_refused_with_the_reason(shown: tuple[Path, Any], tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def _timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
             f"{trt.__name__} measures nothing while it builds, so it has no timing cache. Leave it out; what it "
             "compiles where the engine runs is kept by export.load(folder, cache=...)."
         )
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, as it is written after what takes minutes
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         raise InvalidInputError(

@@ -104,7 +104,8 @@ def decoder_profiles(
     if batch is None or past is None:
         batch_fitting, tokens = _fit(signature, rows, tokens, cache_memory)
         batch = batch_fitting if batch is None else batch
-        past = tokens - 1 if past is None else past
+        if past is None:
+            past, whole = tokens - 1, tokens
     sequence = min(whole, PREFILL) if sequence is None else sequence
     cached = _range("past", past, 0, None).maximum
     longest = _range("sequence", sequence, 1, None).maximum

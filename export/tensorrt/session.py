@@ -93,7 +93,8 @@ class EngineSession:
         if self._engine is None:
             raise ArtifactError(f"{self.manifest.package} cannot open {folder / ENGINE_FILE}. {_said(self._log)}")
         if "WEIGHT_STREAMING" in self.manifest.flags:  # before any context; by itself TensorRT keeps all on the GPU
-            self._stream_weights()
+            # Steps in CUDA graphs hold two caches for good, beside those that a prompt reads and writes.
+            self._stream_weights(caches=4 if cuda_graphs else 2)
         self._stream = torch.cuda.Stream(self.device)
         self._stand_in = torch.empty(64, dtype=torch.int64, device=self.device)
         self._contexts: list[Any] = []  # before what they write into, so that they are gone first
@@ -181,8 +182,8 @@ class EngineSession:
         # When the session is no longer used, or the process ends.
         weakref.finalize(self, _keep, self._contexts, self._kernels, file)
 
-    def _stream_weights(self) -> None:
-        """Keep as many weights on the GPU as leave room for a run: what it computes with, and two caches.
+    def _stream_weights(self, caches: int) -> None:
+        """Keep as many weights on the GPU as leave room for a run: what it computes with, and its caches.
 
         Not as many as TensorRT would, whose automatic budget its Python cuts to 32 bits and takes from all free memory.
         """
@@ -191,7 +192,7 @@ class EngineSession:
         token, fixed = cache_bytes(self.signature)
         sizes = [profile.largest() for profile in self.manifest.profiles]
         cache = max(size[BATCH] * (fixed + token * size.get(TOTAL, 0)) for size in sizes)
-        left = torch.cuda.mem_get_info(self.device)[0] - engine.device_memory_size_v2 - 2 * cache - SPARE
+        left = torch.cuda.mem_get_info(self.device)[0] - engine.device_memory_size_v2 - caches * cache - SPARE
         budget = max(0, min(left, engine.streamable_weights_size))
         engine.weight_streaming_budget_v2 = budget
         if engine.weight_streaming_budget_v2 > budget:  # its Python says nothing where it refuses

@@ -39,7 +39,7 @@ def text_config(name: str, options: ServingOptions) -> str:
     Shapes are `[1, 1]` or `[1, n]`: the batch of one that Triton's OpenAI frontend sends. Requests are batched inside.
     """
     fields = _text_fields(name, decoupled=True) | {"instance_group": [_instances(options)]}
-    if options.warm_up:
+    if options.first_request:
         text = {"data_type": Word("TYPE_STRING"), "dims": [1], "input_data_file": WARM_UP_FILE}
         first = {"name": "first request", "batch_size": 1, "inputs": {"key": "text_input", "value": text}}
         fields["model_warmup"] = [first]

@@ -38,7 +38,8 @@ class ServingOptions:
         providers: "tensorrt" for ONNX Runtime's TensorRT provider, with kind="gpu"; None for CUDA there, else the CPU.
         cache: an absolute path on the server's machine where TensorRT keeps engines and timings, so that the next start
             is quick; None keeps nothing.
-        warm_up: whether Triton sends a first request before it says that the model is ready.
+        warm_up: whether Triton sends a first request before it says that the model is ready; not with `bls`, through
+            which no model runs before the whole server is ready.
         rate_limit: resources that an instance holds while it runs, name -> count, for Triton's rate limiter.
         unary: also write NAME_unary, which answers KServe's unary requests: a decoupled model such as NAME takes none.
         step: also write NAME_step, the bare graph, for this backend of Triton; None for no such model.
@@ -105,6 +106,11 @@ class ServingOptions:
                 f"cache is {os.fspath(self.cache)!r}; it must be an absolute path on the server's machine, and it is "
                 "for providers='tensorrt'."
             )
+
+    @property
+    def first_request(self) -> bool:
+        """Whether Triton sends one."""
+        return self.warm_up and not self.bls
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -31,8 +31,8 @@ from cdsurgery.export.triton.settings import serving_settings
 
 ARTIFACT = "artifact"
 UNARY_SETTINGS = "unary.json"  # as `unary.model`, which only a server can import, calls it
-# One of these lies in a version folder that this module wrote.
-OURS = (serving.NAME, *STEP_FILES.values(), UNARY_SETTINGS)
+# Kind of model -> one of these lies in its version folders.
+MARKS = {"text": (serving.NAME,), "unary": (UNARY_SETTINGS,), "step": tuple(STEP_FILES.values())}
 # A letter or digit first; no separators, so that a name is never a path and never hidden.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 # Text that a tokenizer could cut otherwise in the server than here.
@@ -52,7 +52,7 @@ def to_triton(
     Args:
         artifact: what `to_onnx` or `graft` wrote, with a tokenizer.
         repository: a folder; it is made if its parent exists. Other models in it stay as they are.
-        name: of the model; what this function wrote under that name before is replaced.
+        name: of the model; what this function wrote under that name before is replaced, its twins included.
         options: how to serve it; None for the defaults of `ServingOptions`.
         engine: a TensorRT plan of this artifact's graph, for `step="tensorrt"`.
 
@@ -86,18 +86,20 @@ def to_triton(
         raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
     # Beside the repository, where a server that polls it does not look.
     with workplace(target) as aside:
-        models = {name: aside / name}
         _write_text_model(aside / name, name, source, manifest, options)
         if options.unary:
-            models[f"{name}_unary"] = aside / f"{name}_unary"
-            _write_unary_model(aside / f"{name}_unary", name, options)
+            _write_unary_model(aside / f"{name}_unary", name, options.version)
         if options.step is not None:
-            models[f"{name}_step"] = aside / f"{name}_step"
             _write_step_model(aside, f"{name}_step", source, manifest, options, engine)
-        for folder in models:
-            _check_ours(target / folder)
-        for folder, written in models.items():
-            _move(written, target / folder, aside)
+        models = {name: "text", f"{name}_unary": "unary", f"{name}_step": "step"}
+        for model, kind in models.items():
+            if (aside / model).exists():
+                _check_ours(target / model, kind)
+        for model, kind in models.items():
+            if (aside / model).exists():
+                _move(aside / model, target / model, aside)
+            elif _kind(target / model) == kind:  # a twin that is no longer wanted has another artifact's weights
+                os.replace(target / model, aside / f"old-{model}")
     return Path(repository) / name
 
 
@@ -130,7 +132,7 @@ def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest,
     version = folder / str(options.version)
     version.mkdir(parents=True)
     (folder / "config.pbtxt").write_text(text_config(name, options), encoding="utf-8")
-    if options.warm_up:
+    if options.first_request:
         (folder / "warmup").mkdir()
         # Triton's form of a string in a file: its length in four bytes before it.
         text = b"a"
@@ -150,15 +152,12 @@ def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest,
     (version / serving.NAME).write_text(settings.to_json(), encoding="utf-8")
 
 
-def _write_unary_model(folder: Path, model: str, options: ServingOptions) -> None:
-    version = folder / str(options.version)
+def _write_unary_model(folder: Path, model: str, number: int) -> None:
+    version = folder / str(number)
     version.mkdir(parents=True)
     (folder / "config.pbtxt").write_text(unary_config(folder.name), encoding="utf-8")
     _write_code(f"{__package__}.unary", version)
-    # A thread for each answer that the model can have under way, and one for what it refuses.
-    most = options.instances * max(1, len(options.gpus)) * (options.slots + options.queue) + 1
-    document = json.dumps({"model": model, "requests": most}, indent=1) + "\n"
-    (version / UNARY_SETTINGS).write_text(document, encoding="utf-8")
+    (version / UNARY_SETTINGS).write_text(json.dumps({"model": model}) + "\n", encoding="utf-8")
 
 
 def _write_code(package: str, version: Path) -> None:
@@ -191,14 +190,21 @@ def _write_step_model(
             shutil.copyfile(source / entry, version / entry)
 
 
-def _check_ours(place: Path) -> None:
-    """Refuse to touch a model that something else wrote."""
+def _check_ours(place: Path, kind: str) -> None:
+    """Refuse to touch a model that something else wrote, or that is of another kind."""
     if place.is_symlink() or (place.exists() and not (place / "config.pbtxt").is_file()):
         raise ArtifactError(f"{place} exists and is not a model folder that this wrote. Choose another name.")
     if not place.exists():
         return
-    if not any(file for name in OURS for file in place.glob(f"*/{name}")):
+    if (found := _kind(place)) is None:
         raise ArtifactError(f"{place} is a model that something else wrote. Choose another name.")
+    if found != kind:
+        raise ArtifactError(f"{place} is the {found} model of another name, not a {kind} model. Choose another name.")
+
+
+def _kind(place: Path) -> str | None:
+    """Which of `MARKS` a model folder has."""
+    return next((kind for kind, names in MARKS.items() if any(any(place.glob(f"*/{name}")) for name in names)), None)
 
 
 def _move(written: Path, place: Path, aside: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def serving_settings(
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     generation = GenerationConfig.from_pretrained(source)
+    _warn_of_what_is_left_out(generation)
     context = options.context or getattr(config, "max_position_embeddings", None)
     if context is None:
         raise InvalidInputError("The model's config names no max_position_embeddings. Say how many tokens: context=.")
@@ -57,6 +59,8 @@ def serving_settings(
         temperature=float(_given(generation.temperature, 1.0)) if generation.do_sample else 0.0,
         top_p=float(_given(generation.top_p, 1.0)),
         top_k=int(_given(generation.top_k, 0)),
+        min_p=float(_given(generation.min_p, 0.0)),
+        repetition_penalty=float(_given(generation.repetition_penalty, 1.0)),
         default_max_tokens=min(options.max_tokens, context - 1),
         slots=options.slots,
         chunk=options.chunk,
@@ -79,6 +83,42 @@ def _tensorrt(manifest: Manifest, options: ServingOptions, context: int) -> dict
     axes = {**decode.axes, SEQUENCE: Range(1, 1, min(options.chunk, context - 1))}
     both = Profile("both", axes)  # one engine for prompts and steps, tuned for steps
     return {provider: shape_options(provider, signature, both) for provider in SHAPES}
+
+
+# What of `generate` changes or ends a text and this server does not do -> the value that does nothing.
+LEFT_OUT: dict[str, Any] = {
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "stop_strings": None,
+}
+
+
+def _warn_of_what_is_left_out(generation: GenerationConfig) -> None:
+    asked = {name: getattr(generation, name, None) for name in LEFT_OUT}
+    if left := [name for name, value in asked.items() if value not in (None, LEFT_OUT[name], [], {})]:
+        warnings.warn(
+            f"generation_config.json asks for {', '.join(f'{name}={asked[name]!r}' for name in left)}, which the "
+            "server does not do: its texts differ from those of generate. It knows temperature, top_k, top_p, min_p "
+            "and repetition_penalty.",
+            stacklevel=4,
+        )
 
 
 def _given(value: Any, default: float) -> Any:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# Tokens of the prompt that the first piece is decoded with; a character has at most four bytes, each maybe a token.
+# Tokens of the prompt that the first piece is decoded with.
 BEFORE = 6
+BYTES = 4  # of a character at most, each maybe a token
 
 
 class Detokenizer:
@@ -25,8 +26,19 @@ class Detokenizer:
             prompt: its ids.
         """
         self._decode = decode
-        self._ids = list(prompt[-BEFORE:])
+        self._ids = self._context(prompt)
         self._start, self._read = 0, len(self._ids)
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The end of the prompt, from where a character begins.
+
+        Of tokens that are single bytes, as the ByteFallback of Llama 2 makes them, a decoder gives up a whole run of
+        them where one character in it is not whole.
+        """
+        first = max(0, len(prompt) - BEFORE)
+        starts = range(first, max(-1, first - BYTES), -1)
+        whole = (start for start in starts if not self._decode(prompt[start:]).startswith(INCOMPLETE))
+        return list(prompt[next(whole, first) :])
 
     def push(self, token: int) -> str:
         """Take one token; return the text that it completes, maybe none."""

@@ -6,6 +6,7 @@ https://github.com/triton-inference-server/python_backend#decoupled-mode
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from .scheduler import Scheduler
 from .sequence import Sequence
 from .settings import TOKENIZER, check_files, read_settings
 from .step import StepDecoder
+
+LOG = logging.getLogger(__name__)
 
 # A message to the server for every number that changed.
 METRICS_SECONDS = 0.5
@@ -105,10 +108,16 @@ class TritonPythonModel:
         while not self._stopped.is_set():
             more = self._scheduler.step()
             if not more or time.monotonic() >= shown + METRICS_SECONDS:
-                self._metrics.show(self._scheduler.counts)
+                self._show_metrics()
                 shown = time.monotonic()
             if not more:
                 self._scheduler.wait(METRICS_SECONDS)
+
+    def _show_metrics(self) -> None:
+        try:
+            self._metrics.show(self._scheduler.counts)
+        except Exception:  # without this thread no request would be answered any more
+            LOG.exception("The metrics could not be shown.")
 
 
 class TritonReply:

@@ -29,6 +29,8 @@ INPUTS: dict[str, tuple[str, int]] = {
     "top_k": ("TYPE_INT32", 1),
     "frequency_penalty": ("TYPE_FP32", 1),
     "presence_penalty": ("TYPE_FP32", 1),
+    "min_p": ("TYPE_FP32", 1),
+    "repetition_penalty": ("TYPE_FP32", 1),
     "seed": ("TYPE_UINT64", 1),
     "exclude_input_in_output": ("TYPE_BOOL", 1),
     "return_num_input_tokens": ("TYPE_BOOL", 1),
@@ -45,6 +47,7 @@ OUTPUTS: dict[str, tuple[str, int]] = {
     "changed": ("TYPE_BOOL", -1),
 }
 PENALTY = 2.0  # the range of OpenAI's API
+LEAST_FACTOR = 1e-3  # of a repetition penalty, which divides
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,14 @@ def parse_request(
             "INVALID_ARG", f"Unknown fields: {', '.join(unknown)}. This model takes {', '.join(INPUTS)}."
         )
     read = _Reader(tensors)
-    greedy = settings.temperature if not {"top_p", "top_k"} & tensors.keys() else settings.temperature or 1.0
+    drawn = {"top_p", "top_k", "min_p"} & tensors.keys()
+    greedy = settings.temperature if not drawn else settings.temperature or 1.0
     sampling = SamplingOptions(
         temperature=read.number("temperature", greedy, 0.0, math.inf),
         top_p=read.number("top_p", settings.top_p, 0.0, 1.0),
         top_k=read.integer("top_k", settings.top_k, 0),
+        min_p=read.number("min_p", settings.min_p, 0.0, 1.0),
+        repetition_penalty=read.number("repetition_penalty", settings.repetition_penalty, LEAST_FACTOR, math.inf),
         frequency_penalty=read.number("frequency_penalty", 0.0, -PENALTY, PENALTY),
         presence_penalty=read.number("presence_penalty", 0.0, -PENALTY, PENALTY),
         seed=read.integer("seed", None, 0),

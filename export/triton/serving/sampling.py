@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ class SamplingOptions:
         top_p: in [0, 1]; keeps the most probable tokens until they have this probability together, at least one
             (nucleus sampling, https://arxiv.org/abs/1904.09751).
         top_k: keeps this many of the largest; 0 keeps all (https://arxiv.org/abs/1805.04833).
+        min_p: in [0, 1]; keeps tokens of at least this share of the most probable one's probability
+            (https://arxiv.org/abs/2407.01082).
+        repetition_penalty: above 0; divides the logit of every token of the prompt and the answer where it is above 0
+            and multiplies it where it is below (https://arxiv.org/abs/1909.05858).
         frequency_penalty, presence_penalty: subtracted from the logit of every generated token, the first once for each
             time it was generated (https://platform.openai.com/docs/api-reference/completions).
         seed: of the draws; None for another one every time.
@@ -27,6 +32,8 @@ class SamplingOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
@@ -35,10 +42,11 @@ class SamplingOptions:
 class Sampler:
     """The choices of one request, which no other request in the batch has a part in."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
         self.options = options
         self._random = np.random.default_rng(options.seed)
         self._counts: Counter[int] = Counter()
+        self._said = set(prompt)
 
     @property
     def plain(self) -> bool:
@@ -47,12 +55,16 @@ class Sampler:
 
     @property
     def _penalised(self) -> bool:
-        return self.options.frequency_penalty != 0 or self.options.presence_penalty != 0
+        options = self.options
+        return options.frequency_penalty != 0 or options.presence_penalty != 0 or options.repetition_penalty != 1
 
     def choose(self, logits: NDArray[Any]) -> int:
         """The next token of logits `[V]`, all of them finite or -inf."""
         options = self.options
         scores = logits.astype(np.float64)
+        if options.repetition_penalty != 1:
+            said = np.fromiter(self._said | self._counts.keys(), np.int64)
+            scores[said] *= np.where(scores[said] < 0, options.repetition_penalty, 1 / options.repetition_penalty)
         if self._counts:
             seen = np.fromiter(self._counts.keys(), np.int64)
             counts = np.fromiter(self._counts.values(), np.float64)
@@ -74,5 +86,6 @@ class Sampler:
         sums = np.cumsum(weights)
         if options.top_p < 1:
             sums = sums[: 1 + int(np.searchsorted(sums, options.top_p * sums[-1], side="left"))]
+        sums = sums[: int((weights >= options.min_p).sum())]
         place = np.searchsorted(sums, self._random.random() * sums[-1], side="right")
         return int(kept[min(place, len(sums) - 1)])

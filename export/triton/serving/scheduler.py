@@ -9,6 +9,7 @@ So a prompt of any length holds the others up by no more than a chunk. Iteration
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from .errors import RequestError
 from .metrics import Counts
 from .sequence import Choice, Sequence
 from .settings import Settings
+
+LOG = logging.getLogger(__name__)  # what comes of it stands in the server's log
 
 # Asking Triton whether a client has gone costs a message to the server, for each request.
 CANCEL_CHECK_SECONDS = 0.1
@@ -45,6 +48,7 @@ class Scheduler:
         self._decoder, self._settings, self._clock = decoder, settings, clock
         self._growing = [spec.growing for spec in settings.past]
         self.counts = Counts()
+        self._open = 0  # requests that wait or have a slot, until their client is told the end
         self._queue: deque[Sequence] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -65,11 +69,14 @@ class Scheduler:
         with self._changed:
             if self._closed:
                 raise RequestError("UNAVAILABLE", "The model is being unloaded. Send the request again.")
-            if len(self._queue) >= self._settings.queue:
+            slots, queue = self._settings.slots, self._settings.queue
+            if self._open >= slots + queue:
                 raise RequestError(
                     "UNAVAILABLE",
-                    f"{len(self._queue)} requests wait already, which is this model's limit. Send it again later.",
+                    f"All {slots} slots are taken and {queue} requests wait already, which is this model's limit. Send "
+                    "it again later.",
                 )
+            self._open += 1
             self._queue.append(sequence)
             self._changed.notify()
 
@@ -147,23 +154,25 @@ class Scheduler:
             return True
         if check_cancelled and sequence.reply.cancelled():
             self.counts.cancelled += 1
-            sequence.reply.fail(RequestError("CANCELLED", "The client cancelled the request."))
+            self._end(sequence)
+            self._tell(sequence, RequestError("CANCELLED", "The client cancelled the request."))
             return True
         return False
 
     def _admit(self) -> None:
         with self._changed:
-            while self._queue and self._in_slots < self._settings.slots:
-                sequence = self._queue.popleft()
-                sequence.queue_deadline = None
-                sequence.states = self._decoder.place(empty_states(self._settings.past))
-                self._prefilling.append(sequence)
+            free = self._settings.slots - self._in_slots
+            admitted = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+            self._prefilling += admitted  # first of all, so that an error finds them
+        for sequence in admitted:
+            sequence.queue_deadline = None
+            sequence.states = self._decoder.place(empty_states(self._settings.past))
 
     def _prefill(self) -> None:
         """Take in a chunk of prompt tokens; who does not get its whole prompt in goes to the end of the line."""
         left = self._settings.chunk
         while left > 0 and self._prefilling:
-            sequence = self._prefilling.popleft()
+            sequence = self._prefilling[0]  # and it stays there until it has been run, so that an error finds it
             start = sequence.taken
             ids = np.array([sequence.prompt[start : start + left]], np.int64)
             mask, positions = mask_and_positions([start], start, ids.shape[1])
@@ -175,11 +184,12 @@ class Scheduler:
             self.counts.prompt_tokens += ids.shape[1]
             left -= ids.shape[1]
             if not ended:
-                self._prefilling.append(sequence)
-            elif (choice := self._choices([sequence], results)[0]) is not None and not sequence.accept(choice):
+                self._prefilling.rotate(-1)
+                continue
+            (choice,) = self._choices([sequence], results)
+            self._prefilling.popleft()
+            if not self._accept(sequence, choice):
                 self._ready.append(sequence)
-            elif choice is not None:
-                self.counts.finished += 1
 
     def _join(self) -> None:
         """Make the batch that which runs: only when somebody has come or gone is anything copied."""
@@ -207,13 +217,7 @@ class Scheduler:
         tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         results, self._states = self._decoder.run(tokens, self._states, self._wanted(self._running))
         choices = self._choices(self._running, results)
-        stay = []
-        for sequence, choice in zip(self._running, choices, strict=True):
-            ended = choice is None or sequence.accept(choice)
-            if choice is not None:
-                self.counts.finished += ended
-            stay.append(not ended)
-        self._keep(stay)
+        self._keep([not self._accept(*pair) for pair in zip(self._running, choices, strict=True)])
 
     def _keep(self, stay: list[bool]) -> None:
         """Forget rows of the batch; their part of the cache goes at the next join."""
@@ -256,6 +260,36 @@ class Scheduler:
             choices.append(Choice(token, layer, entropy, changed))
         return choices
 
+    def _accept(self, sequence: Sequence, choice: Choice | None) -> bool:
+        """Give a request its next token; return whether it has ended. What goes wrong with it ends it alone."""
+        if choice is None:
+            return True
+        try:
+            if done := sequence.accept(choice):
+                self._end(sequence)
+            sequence.respond(final=done)
+        except Exception as error:
+            self.counts.failed += 1
+            self._end(sequence)
+            self._tell(sequence, RequestError("INTERNAL", f"The answer failed: {type(error).__name__}: {error}"))
+            return True
+        self.counts.finished += done
+        return done
+
+    def _end(self, sequence: Sequence) -> bool:
+        """Give its place to another request, before its client can send one; return whether it had one still."""
+        with self._changed:
+            had, sequence.over = not sequence.over, True
+            self._open -= had
+        return had
+
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
-        self.counts.failed += 1
-        sequence.reply.fail(error)
+        if self._end(sequence):
+            self.counts.failed += 1
+            self._tell(sequence, error)
+
+    def _tell(self, sequence: Sequence, error: RequestError) -> None:
+        try:
+            sequence.reply.fail(error)
+        except Exception:  # there is no way to that client any more, and the others are not to suffer from it
+            LOG.exception("A client could not be told: %s", error)

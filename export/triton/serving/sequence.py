@@ -49,6 +49,7 @@ class Sequence:
         taken: prompt tokens that the graph has seen.
         states: its cache while the prompt is taken in.
         newest: the last token it got, which the graph has not seen yet.
+        over: whether its place belongs to others again.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Sequence:
     ) -> None:
         self.request, self.prompt, self.reply = request, prompt, reply
         self.deadline, self.queue_deadline = deadline, queue_deadline
-        self.sampler = Sampler(request.sampling)
+        self.sampler = Sampler(request.sampling, prompt)
+        self.over = False
         self.taken = 0
         self.states: list[Any] = []
         self.newest = -1
@@ -74,6 +76,7 @@ class Sequence:
         self._count = 0
         self._text = request.text if request.echo else ""
         self._unsent: list[Choice] = []
+        self._due = False
 
     @property
     def length(self) -> int:
@@ -81,7 +84,7 @@ class Sequence:
         return len(self.prompt) + self._count - 1
 
     def accept(self, choice: Choice) -> bool:
-        """Take the next token and send what it completes; return whether the request is done."""
+        """Take the next token; return whether the request is done."""
         self._count += 1
         self.newest = choice.token
         self._unsent.append(choice)
@@ -91,10 +94,14 @@ class Sequence:
             rest, stopped = self._stop_words.push(self._detokenizer.flush())
             piece += rest if stopped else rest + self._stop_words.flush()
         self._text += piece
-        if done or (self.request.stream and piece):
-            self.reply.send(self._outputs(), final=done)
-            self._text, self._unsent = "", []
+        self._due = done or (self.request.stream and bool(piece))
         return done
+
+    def respond(self, final: bool) -> None:
+        """Send what the newest token has completed."""
+        if self._due:
+            self.reply.send(self._outputs(), final)
+            self._text, self._unsent, self._due = "", [], False
 
     def _outputs(self) -> dict[str, NDArray[Any]]:
         outputs: dict[str, NDArray[Any]] = {"text_output": np.array([[self._text.encode("utf-8")]], object)}

@@ -43,7 +43,8 @@ class Settings:
         context: tokens that prompt and answer may have together.
         end_tokens: ids that end an answer.
         tokens, past, present: the graph's inputs of tokens, its cache inputs, and its cache outputs in the same order.
-        temperature, top_p, top_k: for requests that name none; temperature 0 is greedy, top_k 0 is no limit.
+        temperature, top_p, top_k, min_p, repetition_penalty: for requests that name none; temperature 0 is greedy,
+            top_k and min_p 0 are no limit, and a penalty of 1 is none.
         default_max_tokens: for requests that name none.
         slots: requests that decode at the same time.
         chunk: prompt tokens that are taken in between two steps of the running requests.
@@ -68,6 +69,8 @@ class Settings:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
     default_max_tokens: int
     slots: int
     chunk: int

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ class TritonPythonModel:
     """The instance. It has neither weights nor tokenizer; what it does not refuse itself, the other model checks."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read which model to ask, and how many answers to wait for at a time."""
+        """Read which model to ask."""
         told = json.loads((Path(__file__).resolve().parent / SETTINGS).read_text(encoding="utf-8"))
         self._name, self._model = args["model_name"], told["model"]
-        self._pool = ThreadPoolExecutor(told["requests"])
         self._waiting: dict[Any, Any] = {}  # response sender -> the responses of which it is to get one
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -36,7 +34,7 @@ class TritonPythonModel:
         self._watch.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand requests on. They are answered from the threads of the pool."""
+        """Hand requests on. Each is answered from a thread of its own; the model refuses those that are too many."""
         for request in requests:
             sender = request.get_response_sender()
             stream = pb_utils.get_input_tensor_by_name(request, "stream")
@@ -55,11 +53,10 @@ class TritonPythonModel:
                 timeout=request.timeout(),
                 preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
             )
-            self._pool.submit(self._forward, call, sender)
+            threading.Thread(target=self._forward, args=(call, sender), daemon=True).start()
 
     def finalize(self) -> None:
         """Stop. Triton has waited for the requests that were under way."""
-        self._pool.shutdown()
         self._stopped.set()
         self._watch.join()
 
