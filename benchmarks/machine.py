@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 
 from cdsurgery.timing import finish
@@ -86,7 +87,8 @@ def description(found: Limits, dtype: str) -> dict[str, str]:
         **({"device": torch.cuda.get_device_name()} if GPU else {}),
         "reads": f"{found.bandwidth / 1e9:.0f} GB/s",
         "multiplies": f"{round(found.flops / 1e9, 1):g} GFLOP/s in {dtype}",
-        **{name: version(name) for name in ("torch", "transformers", "onnxruntime")},
+        **{name: version(name) for name in ("torch", "transformers")},
+        "onnxruntime": onnxruntime.__version__,  # whose distribution may be onnxruntime-gpu
     }
 
 

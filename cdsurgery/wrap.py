@@ -62,7 +62,7 @@ def wrap(
                 f"model is a {type(model).__name__}; it must be a causal LM, or the folder or Hub id of one."
             )
         model = load_causal_lm(model)
-    host = _adapted_model(model)
+    host = adapted_model(model)
     if isinstance(host, ConfidentHead):
         raise SurgeryError(
             f"This {type(model).__name__} is wrapped already, with {host.confident}. To change the options, unwrap it "
@@ -86,7 +86,7 @@ def unwrap(model: Model) -> Model:
     Raises:
         SurgeryError: the model is not wrapped, or something has been put over the wrapped forward since.
     """
-    host = _adapted_model(model)
+    host = adapted_model(model)
     if not isinstance(host, ConfidentHead):
         raise SurgeryError(f"This {type(model).__name__} is not wrapped; only what cdsurgery.wrap returned can be.")
     anatomy = host.anatomy
@@ -97,7 +97,7 @@ def unwrap(model: Model) -> Model:
     return model
 
 
-def _adapted_model(model: Any) -> Any:
+def adapted_model(model: Any) -> Any:
     """The causal LM that decodes: what a PEFT model adapts, since its `generate` calls that one; else the model."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()

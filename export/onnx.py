@@ -26,6 +26,7 @@ from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE, write_client_files
 from cdsurgery.export.artifact.manifest import SCHEMA_VERSION, Manifest, describe_files, maker_versions
 from cdsurgery.export.artifact.staging import staged_folder
+from cdsurgery.export.graph.admission import failures_named, traceable_model
 from cdsurgery.export.graph.decoder import DecoderGraph, sample_inputs
 from cdsurgery.export.graph.delta_rule import expand_delta_rule
 from cdsurgery.export.graph.linear_attention import traceable_linear_attention
@@ -76,12 +77,12 @@ def to_onnx(
         The folder.
 
     Raises:
-        InvalidInputError: the model is not wrapped, or an option is not one of those above.
-        UnsupportedModelError: its cache cannot be exported, or its graph cannot be run here.
+        InvalidInputError: the model is not wrapped, an option is not one of those above, or the generation config
+            contradicts itself.
+        UnsupportedModelError: the model or its cache cannot be exported, or its graph cannot be run here.
         ArtifactError: the folder exists, or the graph does not agree with the model.
     """
-    if not isinstance(model, ConfidentHead):
-        raise InvalidInputError(f"This {type(model).__name__} is not wrapped. Export what cdsurgery.wrap returned.")
+    model = traceable_model(model)
     options = GraphOptions(positions, target, upcast, scan)
     if quantization is None and not quantize_head:
         raise InvalidInputError(
@@ -96,20 +97,24 @@ def to_onnx(
     computing = computing_model(model, options)
     names = quantizable(computing, options, quantization, quantize_head) if quantization is not None else set()
     with staged_folder(folder) as aside:
-        signature = decoder_signature(computing, options)
-        graph = _trace(computing, signature, options)
+        with failures_named(model):
+            signature = decoder_signature(computing, options)
+        # Before what takes long, as configs and tokenizers may refuse to be saved.
+        not_for = write_client_files(aside, model, signature, tokenizer)
+        with failures_named(model):
+            graph = _trace(computing, signature, options)
         _name(graph, signature)
         name_weights(graph, computing)
         multiply_in_place(graph)
+        weights = set(graph.graph.initializers)
         done = None
         if quantization is not None:
-            quantized = quantize(graph, quantization, names)
+            quantized = quantize(graph, quantization, names, aside)
             left = [name for name, weight in model.named_parameters() if weight.ndim > 1 and name not in quantized]
             done = {"scheme": quantization, "head": quantize_head, "float": left}
         if upcast:
-            narrow_weights_(graph, model.dtype)  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
+            narrow_weights_(graph, model.dtype, weights)  # type: ignore[arg-type]  # a wrapped model is a PreTrainedModel too
         onnx_ir.save(graph, aside / GRAPH_FILE, external_data=f"{GRAPH_FILE}.data")
-        not_for = write_client_files(aside, model, signature, tokenizer)
         manifest = _manifest(model, signature, options, not_for, done)
         runner = OnnxRunner(aside, manifest, providers, weights_in_place=done is None) if parity else None
         report = verify(runner, model) if runner is not None else None

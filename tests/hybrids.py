@@ -24,17 +24,17 @@ KERNEL = 4
 
 
 @functools.cache
-def hybrid(family: str, layers: int = 3, dtype: torch.dtype = torch.float32) -> Any:
-    """Two linear-attention layers, one full-attention layer, and so on."""
-    kinds = ["linear_attention", "linear_attention", "full_attention"] * layers
-    return tiny_model(family, dtype, num_hidden_layers=layers, layer_types=kinds[:layers])
+def hybrid(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Two linear-attention layers, one full-attention layer."""
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    return tiny_model(family, dtype, num_hidden_layers=len(kinds), layer_types=kinds)
 
 
 @functools.cache
-def client(family: str, target: Target, dtype: torch.dtype = torch.float32, layers: int = 3) -> Client:
+def client(family: str, target: Target, dtype: torch.dtype = torch.float32) -> Client:
     """Its artifact, open; logits at every position."""
-    model = cdsurgery.wrap(copy.deepcopy(hybrid(family, layers, dtype)), lookback=2)
-    name = f"{family}-{target}-{dtype}-{layers}-hybrid"
+    model = cdsurgery.wrap(copy.deepcopy(hybrid(family, dtype)), lookback=2)
+    name = f"{family}-{target}-{dtype}-hybrid"
     return Client(shared(name, lambda folder: export.to_onnx(model, folder, target=target, positions="all")))
 
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.metadata import version
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from artifacts import LOOKBACK, Client, artifact, wrapped
 from families import tiny_model, token_ids
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import cdsurgery
+from benchmarks import machine
 from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError, export
 from cdsurgery.export import onnx as onnx_module
+from cdsurgery.export.artifact import manifest as manifest_module
 from cdsurgery.export.artifact.clients import write_client_files
-from cdsurgery.export.artifact.manifest import read_manifest
+from cdsurgery.export.artifact.manifest import check_files, describe_files, read_manifest
 
 
 @pytest.fixture
@@ -57,15 +63,41 @@ def test_a_moved_folder_runs_and_gives_the_same(copy: Path, tmp_path: Path) -> N
 
 
 def test_tokenizer_files_name_a_class_that_transformers_4_knows(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     signature = read_manifest(artifact("llama")).signature
     write_client_files(tmp_path, wrapped("llama"), signature, tokenizer)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_all_chat_templates_of_a_tokenizer_are_described_and_read_again(tmp_path: Path) -> None:
+    """transformers writes one into the folder, and the others into a folder of it."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    made = read_manifest(artifact("llama"))
+    write_client_files(tmp_path, wrapped("llama"), made.signature, tokenizer)
+    files = describe_files(tmp_path)
+    assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} < files.keys()
+    check_files(tmp_path, replace(made, files=files), needed=())
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ fools }}")
+    with pytest.raises(ArtifactError, match=r"tool_use\.jinja was changed"):
+        check_files(tmp_path, replace(made, files=files), needed=())
+
+
+def test_onnxruntime_under_another_name_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu brings the module onnxruntime, and no distribution of that name."""
+
+    def installed(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    for module in (manifest_module, machine):
+        monkeypatch.setattr(module, "version", installed)
+    assert manifest_module.maker_versions()["onnxruntime"] == onnxruntime.__version__
+    assert machine.description(machine.Limits(1.0, 1.0), "float32")["onnxruntime"] == onnxruntime.__version__
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -139,12 +171,25 @@ def test_a_truncated_a_missing_and_a_linked_file_are_refused(copy: Path, tmp_pat
         export.load(copy)
 
 
-def test_a_manifest_that_points_out_of_the_folder_is_refused(copy: Path) -> None:
-    save_file({"x": torch.zeros(1)}, copy.parent / "secret")
+@pytest.mark.parametrize(
+    "path",
+    ["../outside/secret", "{outside}/secret", "model.onnx/../../outside/secret", "in/secret"],
+)
+def test_a_manifest_that_points_out_of_the_folder_is_refused(path: str, copy: Path) -> None:
+    outside = copy.parent / "outside"
+    outside.mkdir()
+    save_file({"x": torch.zeros(1)}, outside / "secret")
+    (copy / "in").symlink_to(outside)
+    described = describe_files(outside)["secret"]  # its hash is right: the path alone is what is wrong
     files = json.loads((copy / "cdsurgery.json").read_text())["files"]
-    edit_manifest(copy, files=files | {"../secret": {"sha256": "", "size": 0}})
+    edit_manifest(copy, files=files | {path.format(outside=outside): described})
     with pytest.raises(ArtifactError, match="not a plain file of the artifact"):
         export.load(copy)
+
+
+def test_an_artifact_may_be_reached_by_a_link(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copy)
+    assert export.load(tmp_path / "link").manifest.layers == 4
 
 
 def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def test_inputs_and_cache_keep_their_names_and_the_manifest_says_what_is_there(n
     manifest = read_manifest(grafted(name))
     assert [spec.name for spec in manifest.signature.inputs] == new.inputs
     assert [spec.name for spec in manifest.signature.outputs] == new.outputs
+    assert manifest.group_query_attention == name.startswith("genai")
     assert (manifest.layers, manifest.confident.lookback, manifest.model_type) == (LAYERS, LOOKBACK, MODELS[name])
     assert manifest.parity["passed"]
     assert manifest.parity["steps_bitwise"] == manifest.parity["steps"] == 12

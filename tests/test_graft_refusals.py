@@ -16,7 +16,7 @@ from grafts import foreign, grafted
 from onnx import TensorProto, helper
 
 from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError, export
-from cdsurgery.export.graft import decoder
+from cdsurgery.export.graft import decoder, tail
 from cdsurgery.export.graft.tail import Tail
 
 FINAL_NORM = "/model/norm/Mul_1_output_0"
@@ -99,7 +99,19 @@ def without_final_norm(graph: Any) -> None:
     head.input[0] = FINAL_STATE
 
 
+def cut_vocabulary(graph: Any) -> None:
+    """Logits of the first 90 tokens, as of a vocabulary that was padded."""
+    (head,) = [node for node in graph.node if "logits" in node.output]
+    head.output[0] = "wide"
+    for name, value in (("begin", 0), ("end", 90), ("axis", -1)):
+        graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], [value]))
+    graph.node.append(helper.make_node("Slice", ["wide", "begin", "end", "axis"], ["logits"], name="cut"))
+    (logits,) = [value for value in graph.output if value.name == "logits"]
+    logits.type.tensor_type.shape.dim[-1].dim_value = 90
+
+
 STRANGERS = {
+    "a cut vocabulary": (cut_vocabulary, r"Slice \('cut'\), and it cuts the last axis"),
     "no logits": (no_logits, "no output named 'logits'.*present.0.key"),
     "no mask": (without_mask, "no input named 'attention_mask'.*input_ids, mask"),
     "a cache that does not close": (one_cache_output_less, "one numbered output for each numbered input"),
@@ -158,6 +170,18 @@ def test_a_file_without_or_with_a_broken_configuration_is_refused(theirs: Path) 
     refused(theirs, InvalidInputError, r"neither config\.json nor genai_config\.json")
     (theirs.parent / "genai_config.json").write_text('{"model": {"type": "llama"}}')
     refused(theirs, InvalidInputError, "KeyError: 'decoder'")
+
+
+def test_a_configuration_without_what_the_graph_does_not_show_is_refused(theirs: Path) -> None:
+    bloom = {"model_type": "bloom", "n_layer": 4, "n_head": 2, "hidden_size": 32, "vocab_size": 96}
+    (theirs.parent / "config.json").write_text(json.dumps(bloom))
+    refused(theirs, InvalidInputError, r"bloom names no max_position_embeddings.*Add it to config\.json")
+
+
+def test_a_graph_that_does_not_run_is_refused(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut along an axis that the graph does not show is found when the copies of the tail run."""
+    monkeypatch.setattr(tail, "_wrong_move", lambda *_: None)
+    refused(edit(theirs, cut_vocabulary), UnsupportedModelError, "could not run a graph of the proof, on 1 rows of 1")
 
 
 def test_a_path_that_is_no_model_is_refused(theirs: Path) -> None:

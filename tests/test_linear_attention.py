@@ -214,17 +214,15 @@ def test_a_half_precision_graph_keeps_recurrent_states_in_float32(target: Target
 
 @every_graph
 def test_a_graph_is_small_whatever_the_length_and_passes_the_checker(target: Target) -> None:
-    graphs = client("qwen3_5_text", target), client("qwen3_5_text", target, layers=4)
-    small, large = (onnx.load(graph.path) for graph in graphs)
+    model = onnx.load(client("qwen3_5_text", target).path)
     if target == "portable":  # ONNX Runtime's own operators are not ONNX's
-        onnx.checker.check_model(small, full_check=True)
+        onnx.checker.check_model(model, full_check=True)
     domains = {"", "com.microsoft"} if target == "cpu" else {""}
-    assert {opset.domain for opset in small.opset_import} == domains
-    assert next(opset.version for opset in small.opset_import if not opset.domain) == 20
-    counts = [[node.op_type for node in _all_nodes(model.graph)] for model in (small, large)]
-    operator = "LinearAttention" if target == "cpu" else "Scan"
-    assert [names.count(operator) for names in counts] == [2, 3]
-    assert len(counts[1]) - len(counts[0]) < 300  # the unrolled loop has 3,500
+    assert {opset.domain for opset in model.opset_import} == domains
+    assert next(opset.version for opset in model.opset_import if not opset.domain) == 20
+    names = [node.op_type for node in _all_nodes(model.graph)]
+    assert names.count("LinearAttention" if target == "cpu" else "Scan") == 2
+    assert len(names) < 1000  # two unrolled loops have 7,000
 
 
 def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

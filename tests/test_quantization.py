@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from artifacts import Client, padded
 from families import algorithm_1, mostly, tiny_model, token_ids
+from onnx_ir.tape import Tape
 from quantized import (
     CASES,
     INT4,
@@ -29,10 +33,13 @@ from quantized import (
 )
 
 import cdsurgery
-from cdsurgery import InvalidInputError, export
+from cdsurgery import ArtifactError, InvalidInputError, export
 from cdsurgery.cli.main import main
 from cdsurgery.entropy import entropy
 from cdsurgery.export.artifact.manifest import read_manifest
+from cdsurgery.export.graph.precision import narrow_weights_
+from cdsurgery.export.graph.quantization import quantize
+from cdsurgery.export.parity import dequantization
 
 RELATIVE = 1e-5
 
@@ -145,6 +152,70 @@ def test_the_selection_follows_exactly_from_the_entropies_the_graph_returns(case
     chosen = np.take_along_axis(found["entropy"], depth[..., None], -1)[..., 0]
     spoken = entropy(torch.from_numpy(found["logits"])).numpy()
     assert np.allclose(chosen, spoken, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.thorough
+def test_bfloat16_that_is_upcast_is_quantised_and_verified(tmp_path: Path) -> None:
+    """Scales are an eighth of a weight, which bfloat16 holds exactly; here a matrix has 1024 of them and more."""
+    model = cdsurgery.wrap(
+        tiny_model("llama", torch.bfloat16, num_hidden_layers=2, hidden_size=128, intermediate_size=512), lookback=1
+    )
+    folder = export.to_onnx(model, tmp_path / "upcast", quantization="int4", upcast=True)
+    assert read_manifest(folder).parity["passed"]
+
+
+def two_products(matrix: np.ndarray | None = None) -> onnx_ir.Model:
+    """x `[B, S, 128]` times the matrices a and b `[128, out]`, summed."""
+    if matrix is None:
+        matrix = torch.randn(128, 512, generator=torch.Generator().manual_seed(0)).bfloat16().float().numpy()
+    tensors = [onnx_ir.tensor(matrix, name=name) for name in "ab"]
+    x = onnx_ir.val("x", tensors[0].dtype, ["batch", "sequence", 128])
+    weights = [onnx_ir.val(of.name, of.dtype, of.shape, const_value=of) for of in tensors]
+    tape = Tape()
+    y = tape.op("Add", [tape.op("MatMul", [x, weight]) for weight in weights])
+    graph = onnx_ir.Graph([x], [y], nodes=tape.nodes, initializers=weights, opset_imports={"": 20})
+    return onnx_ir.Model(graph, ir_version=10)
+
+
+def test_scales_of_quantised_matrices_are_not_narrowed(tmp_path: Path) -> None:
+    model = two_products()
+    quantize(model, "int4", {"a"}, tmp_path)
+    narrow_weights_(model, torch.bfloat16, {"a", "b"})
+    weights, kinds = model.graph.initializers, onnx_ir.DataType
+    assert {name: value.dtype for name, value in weights.items()} == {
+        "a_Q4": kinds.UINT8,
+        "a_scales": kinds.FLOAT,
+        "b": kinds.BFLOAT16,
+    }
+    assert weights["a_scales"].const_value.size == 512 * 128 // 32  # enough of them to be worth narrowing
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_matrices_are_written_in_the_given_folder_only(
+    scheme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's folder for temporary files is often memory, and smaller than an unembedding."""
+    full = str(tmp_path / "full")
+    monkeypatch.setattr("tempfile.tempdir", full)
+    quantize(two_products(), scheme, {"a"}, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert tempfile.tempdir == full
+
+
+@pytest.mark.parametrize("size", [5e-7, 2e-8, 1.0])
+def test_blocks_too_small_for_a_scale_in_float16_are_roundings_all_the_same(size: float, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(64, 128, generator=generator) * size).half()
+    model = two_products(weight.T.numpy())
+    quantize(model, "int4", {"a"}, tmp_path)
+    packed, scales = (model.graph.initializers[f"a_{part}"].const_value.numpy() for part in ("Q4", "scales"))
+    assert scales.dtype == np.float16
+    found = dequantization._int4(packed, scales, 128)
+    assert (found.values - weight.float().numpy()).any()
+    assert dequantization._fitted("a", found, weight).shape == weight.shape
+    other = weight + 2 * weight.abs().max() + 1e-6
+    with pytest.raises(ArtifactError, match="no quantised form"):
+        dequantization._fitted("a", found, other)
 
 
 @pytest.mark.thorough

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from artifacts import artifact, wrapped
 from families import token_ids
+from hybrids import client
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from cdsurgery import ConfidentOutput, InvalidInputError, export
@@ -55,6 +58,76 @@ def test_generate_gives_the_tokens_of_pytorch(runner: OnnxRunner, options: dict[
     truth = wrapped("llama").generate(**inputs, max_new_tokens=NEW, **options)
     assert torch.equal(found, truth)
     assert found.shape[1] > 8 + 4
+
+
+@pytest.mark.parametrize("inputs", [{"input_ids": token_ids(2, 6)}, left_padded()], ids=["unpadded", "left-padded"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_without_a_cache_gives_the_tokens_of_pytorch(
+    runner: OnnxRunner, inputs: dict[str, Tensor], beams: int
+) -> None:
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "use_cache": False}
+    assert torch.equal(runner.generate(**inputs, **options), wrapped("llama").generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
+def test_the_cache_grows_whatever_kind_is_asked_for(
+    runner: OnnxRunner, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a static cache `generate` makes another mask than the caller's, and it was lost."""
+    inputs, options = left_padded(), {"max_new_tokens": 8, "do_sample": False}
+    truth = wrapped("llama").generate(**inputs, **options)
+    assert torch.equal(runner.generate(**inputs, **options, cache_implementation=kind), truth)
+    monkeypatch.setattr(runner.generation_config, "cache_implementation", kind)
+    assert torch.equal(runner.generate(**inputs, **options), truth)
+
+
+def test_a_cache_that_does_not_grow_is_refused(runner: OnnxRunner) -> None:
+    cache = StaticCache(config=runner.config, max_cache_len=32)
+    with pytest.raises(InvalidInputError, match="is a StaticCache; it must be a DynamicCache, empty or as an earlier"):
+        runner(**left_padded(), past_key_values=cache)
+    with pytest.raises(InvalidInputError, match=r"is a StaticCache; .*or pass transformers\.DynamicCache"):
+        runner.generate(**left_padded(), past_key_values=cache, max_new_tokens=4)
+    with pytest.raises(InvalidInputError, match="is a list; it must be a DynamicCache"):
+        runner.generate(**left_padded(), past_key_values=[], max_new_tokens=4)
+
+
+def test_a_cache_that_is_passed_in_is_updated_in_place_as_in_pytorch(runner: OnnxRunner) -> None:
+    ids, found = token_ids(2, 8), []
+    for model in (runner, wrapped("llama")):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for chunk in ids.split([5, 2, 1], dim=1):
+                out = model(chunk, past_key_values=cache)
+        assert out.past_key_values is cache
+        found.append((cache.get_seq_length(), out.selected_layer[:, -1:].tolist(), out.logits[:, -1:]))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=1e-4)
+
+
+def test_a_copied_cache_branches_and_a_refused_call_leaves_it_as_it_was(runner: OnnxRunner) -> None:
+    ids = token_ids(1, 7)
+    cache = runner(ids[:, :5]).past_key_values
+    branch = copy.deepcopy(cache)
+    with pytest.raises(InvalidInputError, match="ids from 256"):
+        runner(torch.tensor([[256]]), past_key_values=cache)
+    first = runner(ids[:, 5:6], past_key_values=cache)
+    second = runner(ids[:, 5:6], past_key_values=branch)
+    assert torch.equal(first.logits, second.logits)
+    assert runner(ids[:, 6:], past_key_values=cache, use_cache=False).past_key_values is None
+    assert (cache.get_seq_length(), branch.get_seq_length()) == (7, 6)
+
+
+@pytest.mark.parametrize("returned", [True, False], ids=["returned", "passed in"])
+def test_a_second_turn_continues_the_first(runner: OnnxRunner, returned: bool) -> None:
+    def turns(model: Any) -> Tensor:
+        options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+        given = {} if returned else {"past_key_values": DynamicCache(config=model.config)}
+        first = model.generate(token_ids(1, 5), **given, **options)
+        cache = first.past_key_values if returned else given["past_key_values"]
+        more = torch.cat([first.sequences, token_ids(1, 3, seed=1)], dim=1)
+        return model.generate(more, past_key_values=cache, **options).sequences
+
+    assert torch.equal(turns(runner), turns(wrapped("llama")))
 
 
 def test_a_streamer_sees_every_token_once_and_in_order(runner: OnnxRunner) -> None:
@@ -111,7 +184,7 @@ def test_a_chunked_prompt_gives_what_the_whole_prompt_gives(runner: OnnxRunner) 
         (TOKENS | {"inputs_embeds": torch.ones(1, 3, 64)}, "does not take inputs_embeds. It takes input_ids"),
         (TOKENS | {"atention_mask": torch.ones(1, 3)}, "does not take atention_mask"),
         (TOKENS | {"output_hidden_states": True}, "does not take output_hidden_states"),
-        (TOKENS | {"past_key_values": [(torch.zeros(1, 2, 3, 16),) * 2] * 4}, "is a list; it must be the Cache"),
+        (TOKENS | {"past_key_values": [(torch.zeros(1, 2, 3, 16),) * 2] * 4}, "is a list; it must be a DynamicCache"),
     ],
 )
 def test_bad_inputs_are_said_clearly(runner: OnnxRunner, inputs: dict[str, Tensor], message: str) -> None:
@@ -153,3 +226,9 @@ def test_prompt_lookup_works_where_all_positions_have_logits_and_is_refused_wher
     every = export.load(artifact("llama", "all"))
     found = every.generate(ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(found, wrapped("llama").generate(ids, max_new_tokens=NEW, do_sample=False))
+
+
+def test_prompt_lookup_is_refused_where_a_state_cannot_go_back() -> None:
+    hybrid, ids = export.load(Path(client("qwen3_5_text", "portable").path).parent), torch.tensor([[5, 6, 7, 5, 6]])
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        hybrid.generate(ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)

@@ -19,6 +19,7 @@ from families import mostly
 
 from cdsurgery import ArtifactError, InvalidInputError, SurgeryError, export
 from cdsurgery.cli.main import main
+from cdsurgery.export.artifact.manifest import describe_files
 from cdsurgery.export.tensorrt import package
 from cdsurgery.export.tensorrt.build import _timing_cache
 from cdsurgery.export.tensorrt.log import make_log
@@ -66,15 +67,21 @@ def test_an_engine_is_built_and_described() -> None:
 
 
 @needs_rtx
-def test_the_folder_describes_the_artifact_and_every_file() -> None:
-    folder, source = engine("llama"), artifact("llama")
+def test_the_folder_describes_the_artifact_and_every_file(tmp_path: Path) -> None:
+    source = shutil.copytree(artifact("llama"), tmp_path / "artifact")
+    (source / "templates").mkdir()
+    (source / "templates" / "tools.jinja").write_text("{{ messages }}")
+    _say(source, files=describe_files(source))
+    folder = export.to_tensorrt(source, tmp_path / "engine", **SMALL)
     made, of = (json.loads((place / "cdsurgery.json").read_text()) for place in (folder, source))
     for name in ("signature", "confident", "options", "layers", "dtype", "model_type"):
         assert made[name] == of[name]
     assert made["parity"] is None  # the graph's, which does not speak for the engine
-    files = {path.name: sha256(path) for path in folder.iterdir() if path.name != "cdsurgery.json"}
+    whole = [path for path in folder.rglob("*") if path.is_file() and path.name != "cdsurgery.json"]
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in whole}
     assert {name: said["sha256"] for name, said in made["files"].items()} == files
-    assert files.keys() == {"model.engine", "engine.json", "build.log", "config.json", "generation_config.json"}
+    own = {"model.engine", "engine.json", "build.log"}
+    assert files.keys() == {*own, "config.json", "generation_config.json", "templates/tools.jinja"}
 
 
 @needs_rtx

@@ -148,11 +148,15 @@ def test_settings_of_generate_are_kept_or_warned_of(servable: Path, tmp_path: Pa
     manifest = json.loads((source / "cdsurgery.json").read_text())
     asked = {"do_sample": True, "min_p": 0.25, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3, "num_beams": 1}
     (source / "generation_config.json").write_text(json.dumps(asked))
+    (source / "templates").mkdir()
+    (source / "templates" / "tools.jinja").write_text("{{ messages }}")
     manifest["files"] = describe_files(source)
     (source / "cdsurgery.json").write_text(json.dumps(manifest))
     with pytest.warns(UserWarning, match=r"asks for no_repeat_ngram_size=3, which the server does not do"):
         folder = export.to_triton(source, tmp_path / "repository", name="tiny")
+    assert contents(folder / "1" / "artifact") == contents(source)
     told = json.loads((folder / "1" / "serving.json").read_text())
+    assert "artifact/templates/tools.jinja" in told["files"]
     assert [told[name] for name in ("temperature", "min_p", "repetition_penalty")] == [1.0, 0.25, 1.5]
 
 
@@ -204,6 +208,10 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
     manifest["options"]["positions"] = "score"
     (mute / "cdsurgery.json").write_text(json.dumps(manifest))
     with pytest.raises(UnsupportedModelError, match="returns no logits"):
+        export.to_triton(mute, repository, name="a")
+    manifest = json.loads((servable / "cdsurgery.json").read_text()) | {"group_query_attention": True}
+    (mute / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.raises(UnsupportedModelError, match=r"slots is 32; use slots=1, or export the model with to_onnx"):
         export.to_triton(mute, repository, name="a")
     broken = tmp_path / "broken"
     shutil.copytree(servable, broken)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import cdsurgery
 from cdsurgery import InvalidInputError, export
 from cdsurgery.export.parity.report import TOLERANCES, Report, scan_margin
+from cdsurgery.export.parity.verify import plain_generation
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,47 @@ def test_a_wrapped_model_with_other_options_is_refused() -> None:
         export.verify(artifact("llama"), other)
     with pytest.raises(InvalidInputError, match="is not wrapped"):
         export.verify(artifact("llama"), tiny_model("llama"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"num_beams": 3},
+        {"stop_strings": ["a"], "token_healing": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_how_the_model_is_meant_to_decode_does_not_matter(entries: dict[str, Any]) -> None:
+    model, runner = copy.deepcopy(wrapped("llama")), export.load(artifact("llama"))
+    configs = [model.generation_config, runner.generation_config]
+    for config, (name, value) in itertools.product(configs, entries.items()):
+        setattr(config, name, value)
+    found = export.verify(runner, model)
+    assert found.passed
+    assert found.texts == 6
+    assert [model.generation_config, runner.generation_config] == configs
+    assert model.generation_config is configs[0] and runner.generation_config is configs[1]
+
+
+def test_generation_configs_are_lent_with_their_special_tokens_and_come_back_after_an_error() -> None:
+    model = copy.deepcopy(wrapped("llama"))
+    own = model.generation_config
+    own.eos_token_id, own.top_p = [2, 7], 0.5
+    lent = []
+
+    def fail() -> None:
+        lent.append(model.generation_config)
+        raise KeyError
+
+    with pytest.raises(KeyError), plain_generation(model):
+        fail()
+    assert (lent[0].bos_token_id, lent[0].eos_token_id, lent[0].top_p) == (own.bos_token_id, [2, 7], None)
+    assert model.generation_config is own
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, math.nan]), min_size=2, max_size=7))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cdsurgery.errors import UnsupportedModelError
+from cdsurgery.errors import InvalidInputError, UnsupportedModelError
 from cdsurgery.export.signature import Signature
 
 GRAPH_FILE = "model.onnx"
@@ -46,11 +46,20 @@ def write_client_files(
 
     Returns:
         For each client that cannot run this artifact, why: it gets no file of its own.
+
+    Raises:
+        InvalidInputError: the generation config contradicts itself, and transformers does not save it.
     """
     not_for = {}
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    try:
+        model.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"model.generation_config cannot be saved: {error} It says how clients decode; set it right, for example "
+            "do_sample=True where there is a temperature, and export again."
+        ) from error
     try:
         config = genai_config(model, signature)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

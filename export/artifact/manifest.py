@@ -8,8 +8,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
+
+import onnxruntime
 
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.errors import ArtifactError
@@ -22,7 +24,7 @@ ENGINE_NAME = "engine.json"  # of `export.tensorrt.manifest`; the engine of a he
 SCHEMA_VERSION = 2
 Read = TypeVar("Read")
 
-MAKERS = ("cdsurgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+MAKERS = ("cdsurgery", "torch", "transformers", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Manifest:
         dtype: of the model's weights.
         options, opset: of the graph.
         signature: every input and output.
-        files: name -> {"sha256": hex, "size": bytes} for every other file.
+        files: path in the folder, with "/" -> {"sha256": hex, "size": bytes} for every other file.
         not_for: client -> why it cannot run this artifact.
         parity: the report of the comparison with PyTorch that the artifact passed; None where there was none.
         quantization: None, or {"scheme": "int8" or "int4", "head": whether the unembedding was quantised,
             "float": names of the matrices that were not}.
+        group_query_attention: whether a grafted graph has ONNX Runtime's GroupQueryAttention, to which a mask is a
+            number of tokens. Manifests from before it was known do not say.
     """
 
     schema_version: int
@@ -57,6 +61,7 @@ class Manifest:
     not_for: dict[str, str]
     parity: dict[str, Any] | None
     quantization: dict[str, Any] | None
+    group_query_attention: bool = False
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, with the same bytes for the same contents."""
@@ -64,14 +69,17 @@ class Manifest:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Hash and size of every file in the folder but the manifest itself."""
-    paths = sorted(path for path in folder.iterdir() if path.name != NAME)
-    return {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in paths}
+    """Hash and size of every file in the folder, and in folders of it, but the manifest itself."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size} for path in paths
+    }
 
 
 def maker_versions() -> dict[str, str]:
     """The versions of the packages that make artifacts."""
-    return {name: version(name) for name in MAKERS}
+    # onnxruntime's distribution has other names too: onnxruntime-gpu, onnxruntime-directml, ..
+    return {name: version(name) for name in MAKERS} | {"onnxruntime": onnxruntime.__version__}
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -155,9 +163,11 @@ def check_files(
             f"The manifest of {folder} does not list {', '.join(absent)}, so nothing says what should be there. Make "
             "the artifact again."
         )
+    real = Path(folder).resolve()
     for name, expected in manifest.files.items():
         path = Path(folder) / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        # A path that resolves to itself has no link and no ".." on its way.
+        if PurePath(name).anchor or (real / name).resolve() != real / name or not path.is_file():
             raise ArtifactError(f"{path}, which the manifest lists, is missing or not a plain file of the artifact.")
         size = path.stat().st_size
         if size != expected["size"] or _sha256(path) != expected["sha256"]:

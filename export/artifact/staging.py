@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,13 +13,19 @@ from pathlib import Path
 
 from cdsurgery.errors import ArtifactError
 
+# No space, none left of a quota, or larger than the file system takes.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What `ndarray.tofile` says when it could not write all, without a number:
+# https://github.com/numpy/numpy/blob/v2.3.0/numpy/_core/src/multiarray/convert.c
+_NUMPY = re.compile(r"\d+ requested and \d+ written|problem writing element")
+
 
 @contextmanager
 def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` on success and vanishes on any error.
 
     Raises:
-        ArtifactError: `target` exists already, its parent does not, or a file cannot be written: the disk is full.
+        ArtifactError: `target` exists already, its parent does not, or a file cannot be written or read.
     """
     place = Path(target).absolute()
     if place.exists() or place.is_symlink():
@@ -33,23 +41,35 @@ def workplace(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder beside `target` and remove what is left of it.
 
     Raises:
-        ArtifactError: the parent of `target` does not exist, or a file cannot be written: the disk is full.
+        ArtifactError: the parent of `target` does not exist, or a file cannot be written or read.
     """
     place = Path(target).absolute()
     if not place.parent.is_dir():
         raise ArtifactError(f"The folder {place.parent}, in which {place.name} was to be made, does not exist.")
     # Beside the target, because only a rename within one file system is atomic.
-    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    except OSError as error:
+        raise ArtifactError(_failure(target, place.parent, error)) from error
     try:
         yield aside
     except Exception as error:
-        # Libraries in Rust (tokenizers, safetensors) raise their own kinds and print the system's error at the end.
-        if not isinstance(error, OSError) and "(os error " not in str(error):
+        if not isinstance(error, OSError) and _number(error) is None:
             raise
-        free = shutil.disk_usage(place.parent).free
-        raise ArtifactError(
-            f"{target} could not be written, and nothing of it was kept: {error}. {free:,} bytes are free in "
-            f"{place.parent}; make room there, or give a folder on another disk."
-        ) from error
+        raise ArtifactError(_failure(target, place.parent, error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _failure(target: str | os.PathLike[str], parent: Path, error: Exception) -> str:
+    said = f"{target} could not be written, and nothing of it was kept: {error}."
+    if _number(error) not in _FULL and not _NUMPY.search(str(error)):
+        return said
+    free = shutil.disk_usage(parent).free
+    return f"{said} {free:,} bytes are free in {parent}; make room there, or give a folder on another disk."
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error; libraries in Rust (tokenizers, safetensors) print it at the end of their own."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)

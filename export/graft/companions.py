@@ -74,16 +74,26 @@ def read_config(model: Path) -> PreTrainedConfig:
 
 
 def read_facts(config: PreTrainedConfig) -> Facts:
-    """The numbers in a configuration that a graph does not always show."""
-    heads: int = config.num_attention_heads
-    return Facts(
-        model_type=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        context=config.max_position_embeddings,
-    )
+    """The numbers in a configuration that a graph does not always show.
+
+    Raises:
+        InvalidInputError: it has not all of them.
+    """
+    try:
+        heads: int = config.num_attention_heads
+        return Facts(
+            model_type=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            context=config.max_position_embeddings,
+        )
+    except AttributeError as error:
+        raise InvalidInputError(
+            f"The configuration of this {config.model_type} names no {error.name}, which is needed beside the graph. "
+            f"Add it to {CONFIG}."
+        ) from error
 
 
 def write_companions(model: Path, folder: Path, config: PreTrainedConfig) -> None:

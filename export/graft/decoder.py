@@ -55,10 +55,14 @@ class ForeignDecoder:
             )
 
     @property
+    def group_query_attention(self) -> bool:
+        """Whether attention is ONNX Runtime's GroupQueryAttention."""
+        return any(node.op_type == "GroupQueryAttention" for node in self.model.graph)
+
+    @property
     def cache_capacity(self) -> int:
         """How long a cache to begin with: the context where GroupQueryAttention fills it, 0 where it grows."""
-        fills = any(node.op_type == "GroupQueryAttention" for node in self.model.graph)
-        return min(self.facts.context, _SHORT_CONTEXT) if fills else 0
+        return min(self.facts.context, _SHORT_CONTEXT) if self.group_query_attention else 0
 
     def manifest(self, config: ConfidentConfig, positions: Positions) -> Manifest:
         """The manifest of the artifact, without the hashes of its files and its proof."""
@@ -78,6 +82,7 @@ class ForeignDecoder:
             not_for={},
             parity=None,
             quantization=None,
+            group_query_attention=self.group_query_attention,
         )
 
     def leave_out_last_(self, k: int) -> None:

@@ -73,7 +73,11 @@ class Runs:
         self.tokens = [generator.integers(vocabulary, size=(shape[0], sum(shape[1:]))) for shape in SHAPES]
 
     def __call__(self, session: onnxruntime.InferenceSession) -> list[Arrays]:
-        """All outputs by name, step by step; each graph continues its own cache."""
+        """All outputs by name, step by step; each graph continues its own cache.
+
+        Raises:
+            UnsupportedModelError: ONNX Runtime cannot run the graph on them.
+        """
         names = [output.name for output in session.get_outputs()]
         results: list[Arrays] = []
         for (batch, *chunks), tokens in zip(SHAPES, self.tokens, strict=True):
@@ -87,12 +91,24 @@ class Runs:
                     "position_ids": np.arange(start, end)[None].repeat(batch, 0),
                 }
                 own = {name: a.astype(self.specs[name].dtype) for name, a in feed.items() if name in self.specs}
-                outputs = dict(zip(names, session.run(None, own | past), strict=True))
+                outputs = dict(zip(names, _run(session, own | past), strict=True))
                 # What lies beyond the tokens so far is room, and GroupQueryAttention may leave anything in it.
                 results.append(outputs | {name: outputs[name][:, :, :end] for name in self.present})
                 past = {name: outputs[present] for name, present in zip(self.past, self.present, strict=True)}
                 start = end
         return results
+
+
+def _run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[np.ndarray[Any, Any]]:
+    try:
+        results: list[np.ndarray[Any, Any]] = session.run(None, feed)
+    except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
+        batch, length = feed["input_ids"].shape
+        raise UnsupportedModelError(
+            f"ONNX Runtime could not run a graph of the proof, on {batch} rows of {length} new tokens: {error}. Either "
+            "the file does not take them, or the parts found in it are not what they seem."
+        ) from error
+    return results
 
 
 def prove(

@@ -204,7 +204,7 @@ def _check_rowwise(node: onnx_ir.Node, value: onnx_ir.Value, flow: Flow) -> None
     if value is not node.outputs[0]:
         why = "another output than its first is used"
     elif kind in ROW_MOVES:
-        why = None if len(varying) == 1 and node.inputs[0] in flow.varying else "it picks rows by data"
+        why = _wrong_move(node, varying, flow)
     elif kind in PROJECTIONS:
         why = None if varying == [node.inputs[0]] and constants else "its weights are not constant"
         if kind == "Gemm" and _integer(node, "transA", 0):
@@ -233,12 +233,31 @@ def _wrong_axis(node: onnx_ir.Node, varying: list[onnx_ir.Value], constants: boo
     return None if _integer(node, "axis", -1) == -1 else "it does not norm over the axis -1"
 
 
+def _wrong_move(node: onnx_ir.Node, varying: list[onnx_ir.Value], flow: Flow) -> str | None:
+    """Why a move of rows is none, as far as the graph shows; the rest shows when the copies are run."""
+    given = node.inputs[0]
+    if given is None or given not in flow.varying or len(varying) != 1:
+        return "it picks rows by data"
+    axes, alike = [], [given]
+    if node.op_type == "Gather":
+        axes = [_integer(node, "axis", 0)]
+    elif node.op_type == "Slice":
+        axes, alike = _constants(node, 3) or [], [given, *node.outputs]
+    last = {-1, *(len(value.shape) - 1 for value in alike if value.shape is not None)}
+    return "it cuts the last axis" if last & {*axes} else None
+
+
+def _constants(node: onnx_ir.Node, index: int) -> list[int] | None:
+    """The integers of an input; None where it is left out or not constant."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    tensor = None if value is None else onnx_ir.convenience.get_const_tensor(value)
+    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
+
+
 def _mean_axes(node: onnx_ir.Node) -> list[int] | None:
     if "axes" in node.attributes:
         return list(node.attributes["axes"].as_ints())
-    axes = node.inputs[1] if len(node.inputs) > 1 else None
-    tensor = None if axes is None else onnx_ir.convenience.get_const_tensor(axes)
-    return None if tensor is None else [int(axis) for axis in tensor.numpy().reshape(-1)]
+    return _constants(node, 1)
 
 
 def _integer(node: onnx_ir.Node, name: str, default: int) -> int:

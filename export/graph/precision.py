@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import onnx_ir
@@ -55,11 +56,18 @@ def providers_for(model: Any, options: GraphOptions) -> list[str]:
     )
 
 
-def narrow_weights_(graph: onnx_ir.Model, dtype: torch.dtype) -> None:
-    """Store every float32 weight that half precision holds exactly in half precision, and cast it where it is used."""
+def narrow_weights_(graph: onnx_ir.Model, dtype: torch.dtype, names: Collection[str]) -> None:
+    """Store float32 weights that half precision holds exactly in half precision, and cast them where they are used.
+
+    Args:
+        graph: whose initializers are changed.
+        dtype: torch.bfloat16 or torch.float16.
+        names: of the initializers that may be narrowed. Scales of quantised matrices are left out: bfloat16 holds many
+            exactly, an eighth of a weight each, and they are no weights.
+    """
     stored = _STORED[dtype]
     for value in list(graph.graph.initializers.values()):
-        tensor = value.const_value
+        tensor = value.const_value if value.name in names else None
         if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.size < _SMALL:
             continue
         wide = torch.from_numpy(tensor.numpy().copy())

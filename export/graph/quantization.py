@@ -47,13 +47,15 @@ class _Product(NamedTuple):
     bias: onnx_ir.Value | None
 
 
-def quantize(graph: onnx_ir.Model, scheme: Scheme, names: Collection[str]) -> tuple[str, ...]:
+def quantize(graph: onnx_ir.Model, scheme: Scheme, names: Collection[str], folder: Path) -> tuple[str, ...]:
     """Quantise the products with some of a graph's initializers, in place.
 
     Args:
         graph: in float32, or float16 for int4.
         scheme: "int8" or "int4".
         names: of the initializers that may be quantised.
+        folder: where the quantisers may write one matrix at a time. The system's own for temporary files is memory on
+            many machines, and an unembedding has gigabytes.
 
     Returns:
         The names of those that were: the ones that a MatMul or Gemm multiplies with. Initializer `name` is replaced by
@@ -68,7 +70,7 @@ def quantize(graph: onnx_ir.Model, scheme: Scheme, names: Collection[str]) -> tu
             continue
         if name not in quantized:
             with _logging_as_it_was():
-                quantized[name] = _QUANTIZERS[scheme](name, product)
+                quantized[name] = _QUANTIZERS[scheme](name, product, folder)
         if product.transposed:
             tables.add(name)
         tape = Tape()
@@ -120,10 +122,10 @@ def _alone(name: str, product: _Product, folder: str) -> str:
     return path
 
 
-def _int4(name: str, product: _Product) -> onnx_ir.Model:
+def _int4(name: str, product: _Product, place: Path) -> onnx_ir.Model:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch(place) as folder:
         # Symmetric, without zero points, so that a Gather can read the same table; what onnxruntime-genai's builder
         # does too. accuracy_level stays unset: activations and sums are float32.
         quantizer = MatMulNBitsQuantizer(_alone(name, product, folder), block_size=BLOCK_SIZE, is_symmetric=True)
@@ -131,10 +133,10 @@ def _int4(name: str, product: _Product) -> onnx_ir.Model:
     return onnx_ir.from_proto(quantizer.model.model)
 
 
-def _int8(name: str, product: _Product) -> onnx_ir.Model:
+def _int8(name: str, product: _Product, place: Path) -> onnx_ir.Model:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch(place) as folder:
         source, target = _alone(name, product, folder), str(Path(folder) / "quantized.onnx")
         # QUInt8: with signed weights, processors without VNNI saturate the 16 bits in which they add two products.
         options = {"per_channel": True, "weight_type": QuantType.QUInt8, "use_external_data_format": True}
@@ -142,6 +144,21 @@ def _int8(name: str, product: _Product) -> onnx_ir.Model:
         model = onnx_ir.load(target)
         onnx_ir.external_data.load_to_model(model)
     return model
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[str]:
+    """A folder in `place` that is there for the block, and has all of Python's temporary files meanwhile.
+
+    `quantize_dynamic` writes its input once more, and takes no folder for that.
+    """
+    own = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = own
 
 
 @contextmanager

@@ -95,8 +95,10 @@ def _int4(packed: Array, scales: Array, depth: int) -> _Weight:
     width, blocks, half = packed.shape
     numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(width, blocks, 2 * half).astype(np.float32) - 8
     scale = scales.astype(np.float32).reshape(width, blocks, 1)
+    # A scale in float16 is a multiple of 2^-24, 0 included, and is taken up to 8 times.
+    rounding = 8 * 2.0**-25 if scales.dtype == np.float16 else 0.0
     # Half a step by rounding, and up to a whole one where 8 was wanted and 7 is the largest.
-    values, steps = numbers * scale, np.broadcast_to(np.abs(scale) * 1.001, numbers.shape)
+    values, steps = numbers * scale, np.broadcast_to(np.abs(scale) * 1.001 + rounding, numbers.shape)
     return _Weight(values.reshape(width, -1)[:, :depth], steps.reshape(width, -1)[:, :depth])
 
 

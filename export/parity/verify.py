@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
@@ -33,6 +33,7 @@ from cdsurgery.export.runtime.runner import EngineRunner, OnnxRunner, Runner, lo
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
+from cdsurgery.wrap import adapted_model
 
 AnyReport = Report | NoiseReport
 
@@ -64,7 +65,7 @@ def verify(
         InvalidInputError: the model is not wrapped, or with other options, or an engine takes none of the shapes.
         ArtifactError: the artifact cannot be opened, or its quantised weights are not those of the model.
     """
-    runner = artifact if isinstance(artifact, Runner) else load(artifact)
+    runner, model = artifact if isinstance(artifact, Runner) else load(artifact), adapted_model(model)
     _check_options(runner, model)
     shapes = [shape for shape in SHAPES if _takes_all(runner, shape[0], shape[1:])]
     if not shapes:
@@ -103,6 +104,23 @@ def measuring_all(model: ConfidentHead) -> Iterator[None]:
         yield
     finally:
         model.confident = config
+
+
+@contextmanager
+def plain_generation(*models: Any) -> Iterator[None]:
+    """Let models decode without what their generation configs ask for: beams, samples, hidden states, stop strings, ..
+
+    Their special tokens stay. What is compared here is a graph, whatever it is going to be used for.
+    """
+    own = [(model, model.generation_config) for model in models]
+    try:
+        for model, config in own:
+            tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            model.generation_config = GenerationConfig(**tokens)
+        yield
+    finally:
+        for model, config in own:
+            model.generation_config = config
 
 
 def _report(runner: Runner, truth: Any, borrowed: Collection[str]) -> AnyReport:
@@ -259,8 +277,11 @@ def _compare_texts(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     # The texts must not end early: a minimum equal to the maximum keeps the end-of-text token out of both.
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    ours = runner.generate(ids.to(runner.device), attention_mask=mask.to(runner.device), **options)[:, longest:].cpu()
-    theirs = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)[:, longest:].cpu()
+    with plain_generation(runner, model):
+        ours, theirs = (
+            of.generate(ids.to(of.device), attention_mask=mask.to(of.device), **options)[:, longest:].cpu()
+            for of in (runner, model)
+        )
     for prompt, our_text, their_text in zip(prompts, ours, theirs, strict=True):
         report.texts += 1
         differing = (our_text != their_text).nonzero()

@@ -61,13 +61,43 @@ def check_options(options: Mapping[str, Any], ignored: Sequence[str] = ("use_cac
 
     Args:
         options: what was passed beside the inputs.
-        ignored: what `generate` always passes, and what changes nothing here.
+        ignored: what `generate` always passes.
     """
     asked = [name for name, value in options.items() if value is not None and value is not False]
     if unknown := [name for name in asked if name not in ignored]:
         raise InvalidInputError(
             f"An artifact does not take {', '.join(unknown)}. It takes input_ids, attention_mask, position_ids and "
             "past_key_values, and returns what it was exported with."
+        )
+
+
+def check_group_query(mask: Tensor, cached: int) -> None:
+    """Refuse what GroupQueryAttention would compute wrongly: it counts a row's ones, and takes them to stand first.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
+
+    Args:
+        mask: `[B, P+S]` of 0 and 1.
+        cached: P.
+
+    Raises:
+        InvalidInputError: a row has padding before a token, or several rows continue by several tokens.
+    """
+    new = mask[:, cached:]
+    if cached and len(new) > 1 and new.shape[1] > 1:
+        raise InvalidInputError(
+            f"{len(new)} rows continue by {new.shape[1]} tokens; the GroupQueryAttention of this artifact continues "
+            "several rows by one token each. Give one token at a time, or one row."
+        )
+    fits = (mask[:, 0] == 1) & (new.diff(dim=-1) <= 0).all(dim=-1)
+    if cached:
+        fits &= new.all(dim=-1)
+    if not bool(fits.all()):
+        row = int(fits.long().argmin())
+        raise InvalidInputError(
+            f"Row {row} of attention_mask holds a 0 before a token of the prompt, or in place of one after it. This "
+            "artifact's GroupQueryAttention takes the tokens of a row to stand first. Pad prompts on the right, where "
+            "`generate` needs positions='last', or run texts of one length together."
         )
 
 

@@ -20,11 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
-from cdsurgery.export.graph.cache import build_cache, cache_states
-from cdsurgery.export.runtime.inputs import check_options, check_targets, decoder_inputs
+from cdsurgery.export.runtime.inputs import check_group_query, check_options, check_targets, decoder_inputs
+from cdsurgery.export.runtime.past import check_cache, past_tensors, updated_cache
 from cdsurgery.export.runtime.providers import tensorrt_providers
 from cdsurgery.export.runtime.session import Provider, Session
-from cdsurgery.export.signature import empty_past, torch_dtype
+from cdsurgery.export.signature import PAST, empty_past, torch_dtype
 from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
 from cdsurgery.export.tensorrt.session import EngineSession
 from cdsurgery.output import ConfidentOutput
@@ -117,12 +117,13 @@ class Runner(GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = ""
     input_modalities = ("text",)
-    _is_stateful = False
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, session: AnySession) -> None:
         path = Path(folder)
         self.folder, self.manifest, self.session, self.device = path, manifest, session, session.device
         self.dtype = torch.float32 if manifest.options.upcast else getattr(torch, manifest.dtype)
+        # A state that does not grow cannot give tokens back, as assisted decoding asks.
+        self._is_stateful = any(PAST not in spec.axes for spec in manifest.signature.past)
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.generation_config = GenerationConfig.from_pretrained(path)
@@ -142,18 +143,19 @@ class Runner(GenerationMixin):
 
         Args:
             input_ids: `[B, S]` int64 in [0, V).
-            attention_mask: `[B, P+S]`, 1 for tokens and 0 for padding on either side; None for all ones.
+            attention_mask: `[B, P+S]`, 1 for tokens and 0 for padding on either side; None for all ones. A hybrid needs
+                padding on the left, a grafted GroupQueryAttention on the right.
             position_ids: `[B, S]` int64 in [0, the model's context); None counts the mask.
-            past_key_values: what an earlier run returned; None or empty to begin.
+            past_key_values: what an earlier run returned; None or empty to begin. This run updates it.
             targets: `[B, S]` int64 in [0, V), the token wanted after each, negative for none; for an artifact made
                 with positions="score", and for no other.
-            **options: `generate` passes `use_cache` and `return_dict`, which change nothing here. Others may be None or
+            **options: `use_cache=False` returns no cache; `return_dict` changes nothing here. Others may be None or
                 False.
 
         Returns:
             logits and final_logits `[B, T, V]`, selected_layer `[B, T]` and entropy `[B, T, M]` on the device of
-            `input_ids`, and past_key_values on that of the session. T is 1, or S in an artifact made with
-            positions="all". With positions="score" log-probabilities instead of logits.
+            `input_ids`, and past_key_values, the object that was passed if one was, on that of the session. T is 1, or
+            S in an artifact made with positions="all". With positions="score" log-probabilities instead of logits.
 
         Raises:
             InvalidInputError: a tensor is of another kind, shapes do not fit each other, a token, mask or position is
@@ -161,18 +163,22 @@ class Runner(GenerationMixin):
         """
         check_options(options)
         signature = self.manifest.signature
-        past = _past_tensors(past_key_values, len(signature.past))
+        past = past_tensors(past_key_values, len(signature.past))
         cached = past_key_values.get_seq_length() if past and past_key_values is not None else 0
         given = decoder_inputs(self.config, input_ids, attention_mask, position_ids, cached)
         given |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
+        if self.manifest.group_query_attention:
+            check_group_query(given["attention_mask"], cached)
         # A grafted graph may count its positions itself, and take integers of 32 bits.
         feed = {spec.name: given[spec.name].to(torch_dtype(spec)) for spec in signature.tokens}
         past = past or empty_past(signature, len(input_ids))
         feed |= {spec.name: tensor for spec, tensor in zip(signature.past, past, strict=True)}
         outputs = self.session.run(feed)
         results: dict[str, Any] = {spec.name: outputs[spec.name].to(input_ids.device) for spec in signature.results}
-        cache = build_cache([spec.name for spec in signature.past], [outputs[spec.name] for spec in signature.present])
-        return RunnerOutput(past_key_values=cache, **results)
+        written = [outputs[spec.name] for spec in signature.present]
+        cache = updated_cache(past_key_values, [spec.name for spec in signature.past], written)
+        # Without `use_cache`, `generate` sends the whole text again, with any cache that it was given.
+        return RunnerOutput(past_key_values=None if options.get("use_cache") is False else cache, **results)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = 128) -> RunnerOutput:
         """How likely the model finds a text: the log-probability of every token but the first, given those before.
@@ -222,6 +228,16 @@ class Runner(GenerationMixin):
         """None to choose: `GenerationMixin` asks."""
         return {}
 
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> Any:
+        """`GenerationMixin` makes the cache: one that grows, whatever the configuration of the model asks for."""
+        check_cache(model_kwargs.get("past_key_values"))
+        generation_config.cache_implementation = None
+        return GenerationMixin._prepare_cache_for_generation(
+            self, generation_config, model_kwargs, *arguments, **options
+        )
+
     def _assisted_decoding(self: Any, *arguments: Any, **options: Any) -> Any:
         """`GenerationMixin` checks several drafted tokens in one run, which takes logits at every position."""
         if self.manifest.options.positions == "last":
@@ -269,22 +285,3 @@ class EngineRunner(Runner):
     ) -> None:
         session = EngineSession(folder, cache=cache, cuda_graphs=cuda_graphs, lean_runtime=lean_runtime)
         super().__init__(folder, manifest, session)
-
-
-def _past_tensors(cache: Cache | None, wanted: int) -> list[Tensor]:
-    """What all layers hold, in the order of the signature; empty for a cache that holds nothing yet."""
-    if cache is None:
-        return []
-    if not isinstance(cache, Cache):
-        raise InvalidInputError(
-            f"past_key_values is a {type(cache).__name__}; it must be the Cache that an earlier run returned, or None."
-        )
-    if cache.get_seq_length() == 0:
-        return []
-    tensors = [state for _, _, state in cache_states(cache)]
-    if len(tensors) != wanted:
-        raise InvalidInputError(
-            f"past_key_values holds {len(tensors)} tensors; the cache of this artifact has {wanted}. Give what a run "
-            "of the same artifact returned."
-        )
-    return tensors

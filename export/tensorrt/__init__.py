@@ -94,6 +94,7 @@ def to_tensorrt(
         write_engine(aside, trt, source / GRAPH_FILE, manifest.signature, profiles, options, hashes, cache, progress)
         for name in manifest.files:
             if name not in _ONNX_ONLY:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, aside / name)
         changed = {"files": describe_files(aside), "parity": None, "not_for": {}}
         Manifest(**(vars(manifest) | changed)).write(aside)

@@ -81,7 +81,7 @@ def to_triton(
         )
     check_files(source, manifest)
     check_external_data(source / GRAPH_FILE)
-    _check_servable(source, manifest)
+    _check_servable(source, manifest, options)
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
     # Beside the repository, where a server that polls it does not look.
@@ -103,7 +103,7 @@ def to_triton(
     return Path(repository) / name
 
 
-def _check_servable(source: Path, manifest: Manifest) -> None:
+def _check_servable(source: Path, manifest: Manifest, options: ServingOptions) -> None:
     if manifest.options.positions == "score":
         raise UnsupportedModelError(
             "This artifact was made with positions='score' and returns no logits to choose a token from. Export the "
@@ -117,6 +117,12 @@ def _check_servable(source: Path, manifest: Manifest) -> None:
         raise UnsupportedModelError(
             f"The cache of this artifact is {', '.join(odd)}, which numpy does not have, so requests cannot join a "
             "batch. Export the model with upcast=True or in float16."
+        )
+    if manifest.group_query_attention and options.slots > 1:
+        raise UnsupportedModelError(
+            "The GroupQueryAttention of this artifact takes the tokens of a row to stand first, and requests that run "
+            f"together have caches padded on the left. slots is {options.slots}; use slots=1, or export the model with "
+            "to_onnx."
         )
     from tokenizers import Tokenizer
 
@@ -142,10 +148,13 @@ def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest,
     (version / ARTIFACT).mkdir()
     for entry in sorted([*manifest.files, MANIFEST]):
         if not (options.bls and entry in graph):
-            shutil.copyfile(source / entry, version / ARTIFACT / entry)
+            place = version / ARTIFACT / entry
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / entry, place)
     copied = {
         path.relative_to(version).as_posix(): {"sha256": serving.sha256(path), "size": path.stat().st_size}
-        for path in sorted((version / ARTIFACT).iterdir())
+        for path in sorted((version / ARTIFACT).rglob("*"))
+        if path.is_file()
     }
     step_model = f"{name}_step" if options.bls else None
     settings = serving_settings(source, manifest, options, files=copied, step_model=step_model)
