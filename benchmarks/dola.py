@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.setting import Setting
@@ -20,7 +21,8 @@ def main() -> None:
     """Write a text whenever a way is named, until no more come."""
     answers, sys.stdout = sys.stdout, sys.stderr  # where everything else goes that is said here
     setting = Setting(**json.loads(sys.argv[1]))
-    model = AutoModelForCausalLM.from_config(config_of(setting.shape), torch_dtype=setting.torch_dtype).eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config_of(setting.shape), torch_dtype=setting.torch_dtype).eval()
     ways: dict[str, Callable[[], object]] = {
         "unwrapped, there": writing(model, setting),
         "DoLa, low layers": writing(model, setting, dola_layers="low"),

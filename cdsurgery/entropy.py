@@ -47,9 +47,13 @@ def partial_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         the maximum, s and t of `entropy`, `[...]` float32 each. s and t mean nothing where the maximum is not finite.
     """
     if not torch.compiler.is_compiling() and logits.is_cpu and logits.numel() > CACHED_LOGITS:
-        blocks = logits.reshape(-1, logits.shape[-1]).split(max(1, CACHED_LOGITS // logits.shape[-1]))
-        sums = (torch.cat(parts) for parts in zip(*map(_sums_at_once, blocks), strict=True))
-        maximum, s, t = (part.view(logits.shape[:-1]) for part in sums)
+        flat, step = logits.reshape(-1, logits.shape[-1]), max(1, CACHED_LOGITS // logits.shape[-1])
+        # Made before the blocks: results kept between two blocks would stand where the second one's logits could go.
+        sums = flat.new_empty((3, len(flat)), dtype=torch.float32)
+        for begin in range(0, len(flat), step):
+            for kind, part in enumerate(_sums_at_once(flat[begin : begin + step])):
+                sums[kind, begin : begin + step] = part
+        maximum, s, t = sums.view(3, *logits.shape[:-1])
         return maximum, s, t
     return _sums_at_once(logits)
 

@@ -87,7 +87,9 @@ class ConfidentHead(nn.Module):
             fused = self.confident.scan == "fused"
             with one_pass(model, self.anatomy, states, self._generating) if fused else nullcontext() as passed:
                 plain = self._plain_forward(**inputs)
-            # With a boolean `logits_to_keep` the model's logits are `[rows that are true, V]`: the rows of one batch.
+            if any(state is None for state in states):
+                return self._of_fewer_layers(plain, states)
+            # With a boolean `[B, T]` to keep, the model's logits are `[rows that are true, V]`: the rows of one batch.
             flat = plain.logits.ndim == 2
             final = plain.logits[None] if flat else plain.logits
             if flat and allowed is not None:
@@ -140,8 +142,21 @@ class ConfidentHead(nn.Module):
     def _plain_forward(self, **inputs: Any) -> Any:
         return (self._placed_forward or super().forward)(**inputs, **self._as_dict)
 
+    def _of_fewer_layers(self, plain: Any, states: list[Tensor]) -> ConfidentOutput:
+        """The output of a forward in which layers did not run: a draft's, of assisted generation by early exit."""
+        if self._generating:
+            return self._final_output(plain)
+        layers = len(self.anatomy.layers)
+        left = ", ".join(str(layers - 1 - back) for back, state in enumerate(states) if state is None)
+        raise SurgeryError(
+            f"Layers {left} of this {type(self).__name__} did not run, as layerdrop leaves some out in training, so "
+            "there is nothing to select from. Set layerdrop to 0, call model.eval(), or unwrap the model to train it."
+        )
+
     def _plain_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
-        plain = self._plain_forward(**inputs)
+        return self._final_output(self._plain_forward(**inputs))
+
+    def _final_output(self, plain: Any) -> ConfidentOutput:
         layers = len(self.anatomy.layers)
         final = torch.full(plain.logits.shape[:-1], layers, dtype=torch.int64, device=plain.logits.device)
         return confident_output(plain, final_logits=plain.logits, selected_layer=final)

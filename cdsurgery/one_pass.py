@@ -85,7 +85,12 @@ class OnePass:
         self._tail, self._states, self._sparing = tail, states, sparing
 
     def __call__(self, final: Tensor) -> Tensor | None:
-        """What the model gives its unembedding, `[..., D]` -> its product `[..., V]`; None where gradients are kept."""
+        """What the model gives its unembedding, `[..., D]` -> its product `[..., V]`.
+
+        None where gradients are kept, or where a layer did not run and nothing will be selected.
+        """
+        if any(state is None for state in self._states):
+            return None
         own = final.flatten(0, -2)
         # Sums have no gradient, and products get theirs from the layer itself.
         differentiable = torch.is_grad_enabled()
@@ -114,7 +119,7 @@ class OnePass:
             logits `[B, T, V]`, depth `[B, T]` int64 in [0, K], entropy `[B, T, M]` float32, NaN in the layers of
             readings that the row did not come to.
         """
-        entropy = self._reading.entropy.view(-1, *final.shape[:-1]).movedim(0, -1)
+        entropy = self._reading.entropy.unflatten(1, final.shape[:-1]).movedim(0, -1)
         depth = allowed_depth(entropy, allowed)
         back = depth.flatten()
         logits = self._reading.logits((back, torch.arange(len(back), device=back.device)), back).view(final.shape)

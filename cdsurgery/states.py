@@ -42,8 +42,8 @@ def kept_rows(state: Tensor, keep: int | Tensor, batch_axis: int = 0) -> Tensor:
 
     Args:
         state: `[.., B, T, ..]`; axes may stand before B and after T.
-        keep: 0 for all, n for the last n, indices `[T']` or `[B, T']`, or a boolean mask `[B, T]`, for which the result
-            has B = 1 and T' rows, one for each that is true.
+        keep: 0 for all, n for the last n, indices `[T']` or `[B, T']`, a boolean mask `[T]`, or one `[B, T]`, for which
+            the result has B = 1 and T' rows, one for each that is true.
         batch_axis: that of B.
 
     Returns:
@@ -52,7 +52,7 @@ def kept_rows(state: Tensor, keep: int | Tensor, batch_axis: int = 0) -> Tensor:
     rows = state.movedim((batch_axis, batch_axis + 1), (0, 1))
     if not isinstance(keep, Tensor):
         rows = rows[:, slice(-keep, None)]
-    elif keep.dtype == torch.bool:
+    elif keep.dtype == torch.bool and keep.ndim == 2:
         rows = rows[keep][None]
     elif keep.ndim == 2:
         rows = rows[torch.arange(len(keep), device=keep.device)[:, None], keep]

@@ -85,16 +85,21 @@ def trace_generation(model: Any, inputs: dict[str, Tensor], *, layers: int, **op
         The new tokens; the prompt is not among them.
 
     Raises:
-        InvalidInputError: there are several prompts, beams or answers.
+        InvalidInputError: there are several prompts, beams or answers, or a step is of several tokens.
     """
     several = {"prompts": inputs["input_ids"].shape[0]}
     for name in ("num_beams", "num_return_sequences"):
         several[name] = options.get(name) or getattr(model.generation_config, name, None) or 1
     if found := [f"{name}={count}" for name, count in several.items() if count != 1]:
         raise InvalidInputError(f"A trace follows one text, and there are {', '.join(found)}. Trace one at a time.")
+    drafting = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+    if found := [name for name in drafting if options.get(name) or getattr(model.generation_config, name, None)]:
+        raise InvalidInputError(
+            f"A trace follows steps of one token, and with {', '.join(found)} a step has several. Leave it out."
+        )
     prompt_length = inputs["input_ids"].shape[1]
     with _observed(model) as steps:
-        sequence = model.generate(**inputs, **options)[0]
+        sequence = model.generate(**inputs, **options, return_dict_in_generate=False)[0]
     # On a GPU, generate may run a step or two more than the tokens it returns: it checks for the end with a delay.
     new_tokens = sequence[prompt_length:].tolist()
     assert len(steps) >= len(new_tokens)

@@ -9,7 +9,7 @@ from torch import nn
 
 from cdsurgery.anatomy import Anatomy
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
-from cdsurgery.errors import InvalidInputError, SurgeryError
+from cdsurgery.errors import InvalidInputError, SurgeryError, UnsupportedModelError
 from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
 from cdsurgery.loading import load_causal_lm
 from cdsurgery.one_pass import close_, open_
@@ -52,7 +52,8 @@ def wrap(
 
     Raises:
         InvalidInputError: an option is out of range, or the anatomy names parts that the model does not have.
-        UnsupportedModelError: the model cannot be proven to fit; or scan is "fused" and its head is not a plain one.
+        UnsupportedModelError: the model cannot be proven to fit, or is what `torch.compile` returned; or scan is
+            "fused" and its head is not a plain one.
         SurgeryError: the model is wrapped already.
     """
     config = ConfidentConfig(lookback, probability, seed, measure, scan)
@@ -62,6 +63,11 @@ def wrap(
                 f"model is a {type(model).__name__}; it must be a causal LM, or the folder or Hub id of one."
             )
         model = load_causal_lm(model)
+    if hasattr(model, "_orig_mod"):  # what torch.compile puts around a model, whose forward takes anything
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is a compiled model. Wrap first and compile then: "
+            "torch.compile(cdsurgery.wrap(model)), or model.compile() on the wrapped one."
+        )
     host = adapted_model(model)
     if isinstance(host, ConfidentHead):
         raise SurgeryError(

@@ -103,6 +103,7 @@ def test_no_text_ends_before_it_is_as_long_as_the_others(
     written.clear()
     tokens = sorted({*range(model.config.vocab_size)})
     model.generation_config.eos_token_id = model.config.eos_token_id = [int(first), *tokens]
+    model.generation_config.num_beams, model.generation_config.max_time = 2, 1e-9
     model.save_pretrained(tmp_path)
     for file in folder.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import cdsurgery
-from cdsurgery import ConfidentOutput
+from cdsurgery import ConfidentOutput, UnsupportedModelError
 
 LAYERS, LOOKBACK, PROMPT, STEPS = 4, 3, 9, 6
 IDS = token_ids(2, PROMPT)
@@ -64,6 +64,18 @@ def test_a_decode_step_compiles_whole_and_selects_as_the_uncompiled_one(family: 
         torch.testing.assert_close(fast.final_logits, slow.final_logits, rtol=0, atol=1e-4)
         torch.testing.assert_close(fast.entropy, slow.entropy, rtol=1e-5, atol=1e-5)
     assert (torch.cat([out.selected_layer for out in eager]) < len(model.anatomy.layers)).any()
+
+
+@torch.no_grad()
+def test_a_model_that_is_compiled_already_is_wrapped_and_one_inside_another_is_refused() -> None:
+    true = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)(IDS)
+    model: Any = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    found = cdsurgery.wrap(model, lookback=LOOKBACK)(IDS)
+    assert torch.equal(found.selected_layer, true.selected_layer)
+    with pytest.raises(UnsupportedModelError, match=r"OptimizedModule is a compiled model\. Wrap first"):
+        cdsurgery.wrap(torch.compile(tiny_model("llama"), backend="eager"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scan", ["auto", "fused"])

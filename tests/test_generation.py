@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import cdsurgery
+from cdsurgery import SurgeryError
 
 LOOKBACK, STEPS = 4, 12
 GENERATING = ("llama", "gemma3_text", "qwen3_5_text")  # full attention, sliding windows, recurrent states
@@ -111,14 +112,28 @@ def test_a_streamer_gets_every_token_as_it_comes() -> None:
     assert Notes.tokens == [*text[0].tolist(), -1]
 
 
-@pytest.mark.parametrize("draft", [{"assistant_model": 0}, {"assistant_model": 5}, {"prompt_lookup_num_tokens": 3}])
-def test_assisted_generation_gives_the_text_it_would_give_alone(draft: dict[str, int]) -> None:
-    """Plain drafts: the target's own weights, of which many tokens are taken, and a stranger, of which few are."""
-    model, options = wrapped("llama"), {"max_new_tokens": 24, "do_sample": False}
+DRAFTS = [{"assistant_model": 0}, {"assistant_model": 5}, {"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}]
+
+
+@pytest.mark.parametrize("scan", ["auto", "fused"])
+@pytest.mark.parametrize("draft", DRAFTS, ids=str)
+def test_assisted_generation_gives_the_text_it_would_give_alone(draft: dict[str, int], scan: str) -> None:
+    """Drafts: the target's own weights, of which many tokens are taken, a stranger, of which few are, two layers."""
+    model = wrapped("llama", scan=scan)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
     helper = (
         {"assistant_model": tiny_model("llama", seed=draft["assistant_model"])} if "assistant_model" in draft else draft
     )
     assert torch.equal(model.generate(PROMPT[:1], **helper, **options), model.generate(PROMPT[:1], **options))
+    assert model.config.num_hidden_layers == LAYERS
+
+
+@pytest.mark.parametrize("scan", ["auto", "lazy", "fused"])
+def test_a_forward_that_leaves_layers_out_is_told_which(scan: str) -> None:
+    model: Any = cdsurgery.wrap(tiny_model("opt", layerdrop=1.0), lookback=LOOKBACK, scan=scan).train()
+    with pytest.raises(SurgeryError, match=r"Layers .*5.* of this OPTForCausalLM did not run, as layerdrop"):
+        model(PROMPT)
+    assert model.eval()(PROMPT).logits.isfinite().all()
 
 
 def test_the_text_generation_pipeline_takes_a_wrapped_model() -> None:

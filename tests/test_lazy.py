@@ -193,6 +193,18 @@ def test_a_few_rows_are_unembedded_as_the_head_does_it(family: str, rows: int) -
 
 
 @torch.no_grad()
+def test_under_an_autocast_a_head_with_a_bias_is_called_itself() -> None:
+    model: Any = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        true = cdsurgery.wrap(tiny_model("phi"), lookback=LOOKBACK, scan="full")(IDS)
+        model._generating = True
+        found = model(IDS)
+    assert found.logits.dtype == torch.bfloat16
+    assert torch.equal(found.selected_layer, true.selected_layer)
+    assert torch.equal(found.logits, true.logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3, 11])
 def test_under_an_autocast_rows_are_rounded_as_the_head_rounds_them(rows: int) -> None:
     model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -100,3 +102,23 @@ def test_parameters_are_not_copied() -> None:
     assert own & made.alive.keys(), "the measurement does not tell parameters from copies"
     held = sum(size for key, (reference, size) in made.alive.items() if key not in own and not reference.expired())
     assert held == 0, "the probe, or a copy of something, is still there"
+
+
+PEAK = """
+import resource, torch, cdsurgery
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4)
+model = cdsurgery.wrap(LlamaForCausalLM(LlamaConfig(**sizes)), scan="fused")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    model(torch.zeros(1, 256, dtype=torch.int64))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes, as Linux does")
+def test_the_process_itself_grows_by_less_than_the_logits_of_all_candidates() -> None:
+    """What is held is little, but where it lies decides whether memory that was freed can be used again."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    one = 256 * 50_000 * 4  # the logits of one layer in float32; there are eleven, and the model's own are returned
+    assert int(done.stdout) < 6 * one

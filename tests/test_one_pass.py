@@ -173,6 +173,17 @@ def test_a_mask_of_wanted_rows_and_a_loss_are_as_in_a_full_scan() -> None:
     torch.testing.assert_close(fused.loss, full.loss)
 
 
+@torch.no_grad()
+def test_a_mask_of_positions_and_no_row_at_all_are_as_in_a_full_scan() -> None:
+    none = torch.zeros(IDS.shape[1], dtype=torch.bool)
+    two = none.index_fill(0, torch.tensor([1, 3]), True)
+    for some, count in ((two, 2), (none, 0), (torch.zeros(0, dtype=torch.int64), 0)):
+        fused, full = outputs("llama", logits_to_keep=some)
+        assert fused.logits.shape == full.logits.shape == (len(IDS), count, VOCABULARY)
+        assert fused.entropy.shape == full.entropy.shape == (len(IDS), count, LOOKBACK + 1)
+        assert torch.equal(fused.selected_layer, full.selected_layer)
+
+
 def test_a_head_that_was_replaced_since_is_told() -> None:
     model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="fused")
     model.resize_token_embeddings(VOCABULARY + 9, mean_resizing=False)

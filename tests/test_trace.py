@@ -86,6 +86,17 @@ def test_the_model_is_left_as_it_was(model: Any, inputs: dict[str, torch.Tensor]
     assert vars(model).keys() == before.keys()
 
 
+def test_a_text_is_followed_whatever_the_model_was_told_to_return_and_drafts_are_refused(
+    model: Any, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, do_sample=False)
+    monkeypatch.setattr(model.generation_config, "return_dict_in_generate", True)
+    found = trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, do_sample=False)
+    assert found.ids == true.ids and len(true.ids) == 3
+    with pytest.raises(InvalidInputError, match="with prompt_lookup_num_tokens a step has several"):
+        trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, prompt_lookup_num_tokens=2)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
 def test_several_texts_are_refused(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
     name, count = next(iter(options.items()))

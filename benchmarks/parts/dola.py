@@ -48,6 +48,7 @@ def _writers(setting: Setting) -> Iterator[dict[str, Callable[[], None]]]:
         def write(way: str) -> None:
             print(way, file=process.stdin, flush=True)
             if process.stdout.readline() != "done\n":
+                process.kill()  # it may be waiting for more
                 raise subprocess.CalledProcessError(process.wait(), command)
 
         yield {way: functools.partial(write, way) for way in WAYS}

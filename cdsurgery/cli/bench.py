@@ -62,11 +62,13 @@ def _measured(
 ) -> dict[str, Any]:
     """What was found, as JSON takes it."""
     import torch
+    from transformers import GenerationConfig
 
     from cdsurgery.timing import interleaved
     from cdsurgery.trace import trace_generation
 
-    model.generation_config.eos_token_id = None  # nothing ends before it is as long as was asked for
+    # Nothing ends before it is as long as was asked for, and all is as plain in one way as in the other.
+    model.generation_config = GenerationConfig(pad_token_id=0)
     writing = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
     texts = turned(prompt, options.batch)
     selecting = wrap(model, config, screen)
@@ -107,7 +109,7 @@ def _measured(
 
 
 def turned(prompt: Tensor, batch: int) -> Tensor:
-    """`[1, S]` -> `[B, S]`: all but the first token go round by one more in each row, so that all texts are others."""
+    """`[1, S]` -> `[B, S]`: all but the first token go round by one more in each row, so that texts are others."""
     import torch
 
     return torch.cat([torch.cat([prompt[:, :1], prompt[:, 1:].roll(-row, dims=1)], dim=1) for row in range(batch)])

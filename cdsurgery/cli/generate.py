@@ -128,7 +128,7 @@ def _generate(
     from cdsurgery.trace import trace_generation
 
     if layers is None:
-        sequence = model.generate(**inputs, **generation)[0]
+        sequence = model.generate(**inputs, **generation, return_dict_in_generate=False)[0]
         return sequence[inputs["input_ids"].shape[1] :].tolist(), None
     trace = trace_generation(model, inputs, layers=layers, **generation)
     return trace.ids, trace

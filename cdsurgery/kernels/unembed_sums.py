@@ -72,8 +72,11 @@ def unembed_sums(
         state = state[: int(active)]
     step = max(1, CPU_LOGITS // max(1, len(state)))
     multiply = few_rows_linear if state.dtype == torch.float32 else linear
-    parts = []
-    for begin in range(0, len(weight), step):
+    blocks = -(-counted // step)
+    # Made before the blocks, as in `partial_sums`.
+    index = state.new_empty((blocks, len(state)), dtype=torch.int64)
+    sums = state.new_empty((3, blocks, len(state)), dtype=torch.float32)
+    for block, begin in enumerate(range(0, len(weight), step)):
         columns = slice(begin, begin + step)
         z = multiply(state, weight[columns], None if bias is None else bias[columns])
         products[: len(z), columns] = z[:written]
@@ -86,8 +89,10 @@ def unembed_sums(
             z = z * scale
         if softcap is not None:
             z = torch.tanh(z / softcap) * softcap
-        parts.append((z.float().argmax(dim=-1) + begin, *partial_sums(z)))
-    index, maximum, s, t = (torch.stack(pieces) for pieces in zip(*parts, strict=True))
+        index[block] = z.float().argmax(dim=-1) + begin
+        for kind, part in enumerate(partial_sums(z)):
+            sums[kind, block] = part
+    maximum, s, t = sums
     index = index.gather(0, maximum.argmax(dim=0, keepdim=True)).squeeze(0)
     maximum, s, t = (pad(part, (0, rest), value=float("nan")) for part in merged_sums(maximum, s, t))
     return entropy_of_sums(maximum, s, t), maximum, pad(index, (0, rest)), s, t, products
