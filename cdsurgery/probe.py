@@ -46,12 +46,11 @@ class Call:
 
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients and nothing compiled, with every module's own mode put back afterwards."""
+    """Evaluation mode and no gradients, with every module's own mode put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Hooks of a probe that were compiled into a model would be compiled anew for every one of them.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             yield
     finally:
         for module, training in modes:

@@ -35,7 +35,8 @@ def proven_anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anat
     _require_decoder(model)
     if given is not None:
         _require_parts(model, given)
-    with at_rest(model):
+    # Uncompiled: the hooks of a probe would be compiled into a model that is, which may take for ever.
+    with at_rest(model), torch.compiler.set_stance("force_eager"):
         inputs = probe_inputs(model)
         calls, logits = record(model, inputs)
         _require_whole(model, calls)
