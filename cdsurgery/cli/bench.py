@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -78,11 +79,10 @@ def _measured(
         trace = trace_generation(model, traced, layers=layers, **writing)
         refused = _refused(model, config)
         ways = [PLAIN, *(scan for scan in SCANS if scan not in refused)]
-        turns = [0, (options.rounds + 1) * len(ways)]
+        turns, of = itertools.count(1), (options.rounds + 1) * len(ways)
 
         def before(way: str) -> None:
-            turns[0] += 1
-            stage.note(f"{turns[0]}/{turns[1]}")
+            stage.note(f"{next(turns)}/{of}")
             _become(model, way, config)
 
         def write() -> None:

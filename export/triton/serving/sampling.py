@@ -63,7 +63,7 @@ class Sampler:
         options = self.options
         scores = logits.astype(np.float64)
         if options.repetition_penalty != 1:
-            said = np.fromiter(self._said | self._counts.keys(), np.int64)
+            said = np.fromiter(self._said, np.int64)
             scores[said] *= np.where(scores[said] < 0, options.repetition_penalty, 1 / options.repetition_penalty)
         if self._counts:
             seen = np.fromiter(self._counts.keys(), np.int64)
@@ -72,6 +72,7 @@ class Sampler:
         token = int(scores.argmax()) if options.temperature == 0 else self._draw(scores)
         if self._penalised:
             self._counts[token] += 1
+            self._said.add(token)
         return token
 
     def _draw(self, scores: NDArray[np.float64]) -> int:
