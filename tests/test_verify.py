@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import cdsurgery
 from cdsurgery import InvalidInputError, export
+from cdsurgery.export.parity.lending import plain_generation
 from cdsurgery.export.parity.report import TOLERANCES, Report, scan_margin
-from cdsurgery.export.parity.verify import plain_generation
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,18 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.export.graph.precision import computing_model
 from cdsurgery.export.parity.dequantization import borrowed_weights
+from cdsurgery.export.parity.lending import measuring_all, plain_generation
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
 from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale, scan_margin
 from cdsurgery.export.parity.routing import RoutingMargins
@@ -93,34 +93,6 @@ def verify(
             report.noise = Report(report.tolerance, report.depth)
             _compare_rows(report.noise, truth, _wider(truth), shapes)
     return report
-
-
-@contextmanager
-def measuring_all(model: ConfidentHead) -> Iterator[None]:
-    """Let a wrapped model return the entropies of all candidates, however many rows it is asked for."""
-    config = model.confident
-    model.confident = replace(config, scan="full")
-    try:
-        yield
-    finally:
-        model.confident = config
-
-
-@contextmanager
-def plain_generation(*models: Any) -> Iterator[None]:
-    """Let models decode without what their generation configs ask for: beams, samples, hidden states, stop strings, ..
-
-    Their special tokens stay. What is compared here is a graph, whatever it is going to be used for.
-    """
-    own = [(model, model.generation_config) for model in models]
-    try:
-        for model, config in own:
-            tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            model.generation_config = GenerationConfig(**tokens)
-        yield
-    finally:
-        for model, config in own:
-            model.generation_config = config
 
 
 def _report(runner: Runner, truth: Any, borrowed: Collection[str]) -> AnyReport:
