@@ -23,6 +23,7 @@ from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import SurgeryError
+from cdsurgery.joint_norm import JointNorm
 from cdsurgery.lazy import can_look, fewer_rows_pay, select_lazily
 from cdsurgery.one_pass import one_pass
 from cdsurgery.output import ConfidentOutput, confident_output
@@ -47,6 +48,7 @@ class ConfidentHead(nn.Module):
     confident: ConfidentConfig
     anatomy: Anatomy
     _taps: Taps
+    _norm: JointNorm | None
     _placed_forward: Callable[..., Any] | None
     _argument_names: tuple[str, ...]
     _as_dict: dict[str, Any]
@@ -85,7 +87,8 @@ class ConfidentHead(nn.Module):
         model = cast(PreTrainedModel, self)
         with self._taps.reading(keep) as states:
             fused = self.confident.scan == "fused"
-            with one_pass(model, self.anatomy, states, self._generating) if fused else nullcontext() as passed:
+            passing = one_pass(model, self.anatomy, self._norm, states, self._generating) if fused else nullcontext()
+            with passing as passed:
                 plain = self._plain_forward(**inputs)
             if any(state is None for state in states):
                 return self._of_fewer_layers(plain, states)
@@ -187,7 +190,7 @@ class ConfidentHead(nn.Module):
         return {"loss": plain.loss + (loss(logits=logits) - loss(logits=plain.logits))}
 
 
-def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps) -> None:
+def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps, norm: JointNorm | None) -> None:
     """Turn `model` into a `ConfidentHead`, in place."""
     plain = type(model)
     parameters = inspect.signature(plain.forward).parameters.values()
@@ -195,7 +198,7 @@ def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps) 
     placed_forward = model.__dict__.pop("forward", None)
     model.__class__ = confident_class(plain)  # type: ignore[arg-type]  # a class is hashable
     model.confident, model.anatomy = config, anatomy
-    model._taps, model._placed_forward = taps, placed_forward
+    model._taps, model._norm, model._placed_forward = taps, norm, placed_forward
     model._argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
     model._as_dict = taken(plain.forward, {"return_dict": True})
 
@@ -215,7 +218,7 @@ def restore_(model: Any) -> None:
     model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
     model._taps.remove()
     placed_forward = model._placed_forward
-    for name in ("confident", "anatomy", "_taps", "_placed_forward", "_argument_names", "_as_dict"):
+    for name in ("confident", "anatomy", "_taps", "_norm", "_placed_forward", "_argument_names", "_as_dict"):
         delattr(model, name)
     model.__class__ = plain_class(type(model))
     if placed_forward is not None:

@@ -6,6 +6,8 @@ product: an `OpenLinear` stands where its unembedding stood, and a `OnePass` ans
 
 Where nobody asks for all entropies, that pass takes a few of the layers, and rows that descend past those come back in
 later ones (`cdsurgery.readings`).
+
+In a decode step they have gone through the final norm together with the final layer's (`cdsurgery.joint_norm`).
 """
 
 from __future__ import annotations
@@ -19,39 +21,54 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from cdsurgery.anatomy import Anatomy
+from cdsurgery.anatomy import Anatomy, joined
 from cdsurgery.errors import UnsupportedModelError
 from cdsurgery.fused import fused_unembedding
+from cdsurgery.joint_norm import JointNorm
 from cdsurgery.lazy import can_look
 from cdsurgery.readings import Compaction, Reading, Tail, reading_plan
 from cdsurgery.trough import allowed_depth, trough_depth
 from cdsurgery.unembedding import OpenLinear
 
 
-def open_(model: Any, anatomy: Anatomy) -> None:
-    """Make the unembedding an `OpenLinear`, in place.
+def open_(model: Any, anatomy: Anatomy) -> JointNorm | None:
+    """Make the unembedding an `OpenLinear` and the final norm a joint one, in place.
+
+    Returns:
+        The norm's hooks; None where something else than a norm stands before the unembedding.
 
     Raises:
-        UnsupportedModelError: it is not one that `unembed_sums` can take.
+        UnsupportedModelError: the unembedding is not one that `unembed_sums` can take.
     """
     fused_unembedding(model, anatomy)
     model.get_submodule(anatomy.unembedding).__class__ = OpenLinear
+    before = anatomy.before_unembedding
+    if len(before) == 1 and isinstance(before[0], str) and anatomy.batch_axis == 0:
+        return JointNorm(model.get_submodule(before[0]))
+    return None
 
 
-def close_(model: Any, anatomy: Anatomy) -> None:
+def close_(model: Any, anatomy: Anatomy, norm: JointNorm | None) -> None:
     """Undo `open_`, in place."""
     head: Any = model.get_submodule(anatomy.unembedding)
     if isinstance(head, OpenLinear):
         head.__class__ = nn.Linear  # type: ignore[assignment]  # what it was
+    if norm is not None:
+        norm.remove()
 
 
 @contextmanager
 def one_pass(
-    model: PreTrainedModel, anatomy: Anatomy, states: Sequence[Tensor], sparing: bool = False
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    norm: JointNorm | None,
+    states: Sequence[Tensor],
+    sparing: bool = False,
 ) -> Iterator[OnePass]:
     """Answer in place of the unembedding while the model runs.
 
     Args:
+        norm: what `open_` returned.
         states: K of them, index k of layer L-k-1, each as `tail_logits` takes it; a list that is complete when the
             model comes to its unembedding.
         sparing: whether rows that do not go on may do without the entropies of the layers that they do not reach.
@@ -67,14 +84,18 @@ def one_pass(
             "wrapped with scan='fused'. Wrap it again: cdsurgery.wrap(cdsurgery.unwrap(model), scan='fused')."
         )
     head.instead = passed = OnePass(tail, states, sparing)
+    if norm is not None:
+        norm.company = passed
     try:
         yield passed
     finally:
         head.instead = None
+        if norm is not None:
+            norm.company = None
 
 
 class OnePass:
-    """What the unembedding is asked for, and what comes of it.
+    """What the norm and the unembedding are asked for, and what comes of it.
 
     Args:
         tail: the model's.
@@ -83,30 +104,63 @@ class OnePass:
 
     def __init__(self, tail: Tail, states: Sequence[Tensor], sparing: bool) -> None:
         self._tail, self._states, self._sparing = tail, states, sparing
+        self._joined = 0  # layers
+        self._normed: Tensor | None = None  # of those layers, `[m, B T, D]`
+
+    def join(self, own: Tensor) -> Tensor | None:
+        """What the model gives its final norm, `[B, T, D]` -> `[(m + 1) B, T, D]`, with the states of m layers behind.
+
+        None where gradients are kept, where of a prompt's rows few go on to the unembedding, and where a layer did not
+        run.
+        """
+        first, self._joined = self._states[0], 0
+        if torch.is_grad_enabled() or self._incomplete() or (own.shape, own.dtype) != (first.shape, first.dtype):
+            return None
+        # A CPU hardly ever comes to later readings.
+        self._joined = self._plan(own.device, own.shape[:-1].numel())[0] if _looks(own) else len(self._states)
+        return joined([own, *self._states[: self._joined]], self._tail.anatomy)
+
+    def part(self, normed: Tensor) -> Tensor | None:
+        """What the norm made of `join`'s rows, `[(m + 1) B, T, D]` -> the model's own, `[B, T, D]`; None of others."""
+        if self._joined == 0:
+            return None
+        batch = len(self._states[0])
+        self._normed = normed[batch:].flatten(0, -2).unflatten(0, (self._joined, -1))
+        return normed[:batch]
 
     def __call__(self, final: Tensor) -> Tensor | None:
         """What the model gives its unembedding, `[..., D]` -> its product `[..., V]`.
 
         None where gradients are kept, or where a layer did not run and nothing will be selected.
         """
-        if any(state is None for state in self._states):
+        if self._incomplete():
             return None
         own = final.flatten(0, -2)
         # Sums have no gradient, and products get theirs from the layer itself.
-        differentiable = torch.is_grad_enabled()
-        rows, layers = own.shape[0], len(self._states)
-        spares = self._sparing and not differentiable
-        first, *self._later = reading_plan(own.device, rows, layers) if spares else [layers]
-        earlier = self._tail.inputs(self._states[:first]).to(own.device)
+        differentiable, rows = torch.is_grad_enabled(), own.shape[0]
+        first, *self._later = self._plan(own.device, rows)
         keeps_all = not differentiable and self._tail.unembedding.writes(rows * first)
         written = rows * (first + 1) if keeps_all else 0 if differentiable else rows
         # Its rows are those of layer L, then those of layer L-1, and so on.
-        self._reading = Reading(self._tail, torch.cat([own[None], earlier]), written)
+        self._reading = Reading(self._tail, torch.cat([own[None], self._inputs(0, first).to(own.device)]), written)
         if differentiable:
             return None
         product = self._reading.products[:rows].unflatten(0, final.shape[:-1])
         # A copy, so that who keeps the final logits does not keep those of all candidates; a step's are soon let go.
         return product if self._sparing else product.clone()
+
+    def _inputs(self, begin: int, end: int) -> Tensor:
+        """What the unembedding multiplies of layers L-begin-1 to L-end, `[end - begin, B T, D]`."""
+        if self._normed is not None and end <= self._joined:
+            return self._normed[begin:end]
+        return self._tail.inputs(self._states[begin:end])
+
+    def _incomplete(self) -> bool:
+        return any(state is None for state in self._states)
+
+    def _plan(self, device: torch.device, rows: int) -> list[int]:
+        spares = self._sparing and not torch.is_grad_enabled()
+        return reading_plan(device, rows, len(self._states)) if spares else [len(self._states)]
 
     def select(self, final: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What `cdsurgery.trough.select` finds.
@@ -120,14 +174,18 @@ class OnePass:
             readings that the row did not come to.
         """
         entropy = self._reading.entropy.unflatten(1, final.shape[:-1]).movedim(0, -1)
-        depth = allowed_depth(entropy, allowed)
-        back = depth.flatten()
-        logits = self._reading.logits((back, torch.arange(len(back), device=back.device)), back).view(final.shape)
+        if self._reading.keeps_all:
+            depth, logits = self._reading.troughs(allowed)
+        else:
+            depth = allowed_depth(entropy, allowed)
+            back = depth.flatten()
+            logits = self._reading.logits((back, torch.arange(len(back), device=back.device)), back)
+        logits, depth = logits.view(final.shape), depth.view(final.shape[:-1])
         if not self._reading.keeps_all:  # final rows among them
             logits = torch.where((depth > 0)[..., None], logits, final)
         for layers in self._later:
             going = Compaction.of(depth.flatten() == entropy.shape[-1] - 1)
-            if depth.is_cpu and can_look(depth.device) and not going.active:  # on a CPU nobody waits for a look
+            if _looks(depth) and not going.active:
                 break
             logits, depth, entropy = self._select_further(logits, depth, entropy, going, layers)
         unread = len(self._states) + 1 - entropy.shape[-1]
@@ -139,7 +197,7 @@ class OnePass:
         """The same, of rows that went as far back as has been read, with a reading of so many layers more."""
         reached = entropy.shape[-1] - 1
         # Its rows are all layers of one row, then those of the next one.
-        inputs = self._tail.inputs(self._states[reached : reached + layers]).to(depth.device)[:, going.order]
+        inputs = self._inputs(reached, reached + layers).to(depth.device)[:, going.order]
         rows = layers * len(going.order)
         written = rows if self._tail.unembedding.writes(rows) else 0
         reading = Reading(self._tail, inputs.movedim(0, 1), written, going.active * layers)
@@ -149,3 +207,8 @@ class OnePass:
         moves = depth.flatten() - reached
         chosen = reading.logits((going.place, (moves - 1).clamp(min=0)), moves).view(logits.shape)
         return torch.where((depth > reached)[..., None], chosen, logits), depth, entropy
+
+
+def _looks(tensor: Tensor) -> bool:
+    """Whether code goes by values: on a CPU nobody waits for a look."""
+    return tensor.is_cpu and can_look(tensor.device)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from cdsurgery.anatomy import Anatomy, joined, logits_of_products, unembedded, unembedding_input
 from cdsurgery.fused import FusedUnembedding
+from cdsurgery.kernels.pick_trough import pick_trough
 from cdsurgery.lazy import ACCELERATOR_FREE_ROWS
 
 # Rows that a program of the kernel multiplies together, where there are many: fewer take as long (`kernels.launch`).
@@ -118,6 +119,17 @@ class Reading:
     def keeps_all(self) -> bool:
         """Whether the products of all rows were written."""
         return len(self.products) == self.entropy.numel()
+
+    def troughs(self, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where each of the B rows has its trough among the A layers `[B]`, and its logits there `[B, V]`.
+
+        For a reading that keeps all products.
+
+        Args:
+            allowed: as of `allowed_depth`, of B rows in all.
+        """
+        depth, products = pick_trough(self.entropy, self.products, None if allowed is None else allowed.flatten())
+        return depth, logits_of_products(self._tail.model, self._tail.anatomy, products)
 
     def logits(self, at: tuple[Tensor, Tensor], moves: Tensor) -> Tensor:
         """Of N of its rows, `[N, V]`, by a second product unless all were written.

@@ -77,10 +77,9 @@ def wrap(
     anatomy = proven_anatomy(host, anatomy)
     depth = len(anatomy.layers)
     config = config.resolve(depth)
-    if config.scan == "fused":
-        open_(host, anatomy)
+    norm = open_(host, anatomy) if config.scan == "fused" else None
     candidates = [host.get_submodule(path) for path in anatomy.layers[depth - 2 :: -1][: int(config.lookback)]]
-    operate_(host, config, anatomy, Taps(candidates, anatomy.batch_axis))
+    operate_(host, config, anatomy, Taps(candidates, anatomy.batch_axis), norm)
     if host is not model:
         model.__class__ = adapter_class(type(model))  # type: ignore[arg-type]  # a class is hashable
     return model  # type: ignore[return-value]  # its class has just become one
@@ -95,9 +94,9 @@ def unwrap(model: Model) -> Model:
     host = adapted_model(model)
     if not isinstance(host, ConfidentHead):
         raise SurgeryError(f"This {type(model).__name__} is not wrapped; only what cdsurgery.wrap returned can be.")
-    anatomy = host.anatomy
+    anatomy, norm = host.anatomy, host._norm
     restore_(host)
-    close_(host, anatomy)
+    close_(host, anatomy, norm)
     if isinstance(model, ConfidentHead):  # an adapter that was wrapped, and not put around a wrapped model
         model.__class__ = plain_class(type(model))
     return model

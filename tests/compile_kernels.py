@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cdsurgery.kernels.launch import launch
+from cdsurgery.kernels.launch import launch, launch_pick
 
 run = JITFunction.run
 
@@ -46,6 +46,9 @@ def compiled(
         scale, softcap = (0.5, 30.0) if everything else (1.0, None)
         active = torch.tensor(rows) if some else None
         launch(state, weight, bias, scale, softcap, everything, 300, active, products)
+        entropy, picks = torch.zeros(11, rows), torch.zeros(11 * rows, 300, dtype=dtype)
+        allowed = torch.ones(rows, dtype=torch.bool) if some else None
+        launch_pick(entropy, picks, allowed, torch.zeros(rows, dtype=torch.int64), picks[:rows])
     words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.cg")
     return [
         {

@@ -120,9 +120,9 @@ def test_one_forward_says_what_the_plain_model_says_from_each_layer(run: Case) -
 def test_so_does_one_pass_over_the_unembedding(run: Case) -> None:
     model = copy.copy(run.model)  # the same modules under other options
     model.confident = replace(model.confident, scan="fused")
-    open_(model, model.anatomy)
+    model._norm = open_(model, model.anatomy)
     out = model(IDS)
-    close_(model, model.anatomy)
+    close_(model, model.anatomy, model._norm)
     # Products of another shape: sums of 64 terms in another order.
     within = 1e-5 * float(run.true.candidates.abs().max())
     torch.testing.assert_close(out.final_logits, run.true.candidates[0], rtol=0, atol=within)

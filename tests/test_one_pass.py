@@ -14,6 +14,7 @@ from torch import Tensor
 import cdsurgery
 import cdsurgery.kernels.unembed_sums
 import cdsurgery.one_pass
+import cdsurgery.readings
 from cdsurgery import ConfidentOutput, UnsupportedModelError
 from cdsurgery.anatomy import logits_of_products, tail_logits, unembedding_input
 from cdsurgery.entropy import entropy
@@ -226,9 +227,11 @@ def test_the_kernel_selects_what_pytorch_does(
 ) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux only")
     from kernel_truth import kernel
+    from test_pick_trough import kernel as picking
 
     ran: list[int] = []
     monkeypatch.setattr(cdsurgery.fused, "unembed_sums", lambda *given: (ran.append(1), kernel(*given))[1])
+    monkeypatch.setattr(cdsurgery.readings, "pick_trough", lambda *given: (ran.append(1), picking(*given))[1])
     fused, full = outputs(family, dtype, logits_to_keep=keep)
-    assert len(ran) == 1
+    assert len(ran) == 2
     same_selection(fused, full)

@@ -1,4 +1,4 @@
-"""Rows and an unembedding on a GPU -> the sums of their logits: how the work is cut for the kernels of `tiles`."""
+"""How work on a GPU is cut for the kernels: rows and an unembedding for `tiles`, picked rows for `troughs`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import triton
 from torch import Tensor
 
 from cdsurgery.kernels.tiles import measure_tiles, merge_tiles
+from cdsurgery.kernels.troughs import pick_rows
 
 TILE, WIDTH = 128, 64  # entries of the vocabulary, and products added up at a time
 # Blocks of rows that share a tile through the L2 cache: at 128 rows of 4,096 numbers of 2 bytes they take 16 MB of its
 # 50 MB on an H100, and one more reading of W_U for 2,048 rows is a tenth of what multiplying them takes.
 GROUP = 16
+PART = 2048  # entries of the vocabulary that a program copies
 
 
 def launch(
@@ -107,3 +109,24 @@ def block_of_rows(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
     if rows <= 64:
         return max(16, triton.next_power_of_2(rows)), 4, 4
     return 128, 8, 3
+
+
+def launch_pick(entropy: Tensor, products: Tensor, allowed: Tensor | None, depth: Tensor, chosen: Tensor) -> None:
+    """Start the kernel of `pick_trough`, on tensors as that takes them, and on its two results, which are filled."""
+    (layers, rows), vocabulary = entropy.shape, products.shape[1]
+    if chosen.numel() == 0:
+        return
+    with torch.cuda.device_of(entropy):  # Triton starts kernels on the current device
+        pick_rows[(rows, triton.cdiv(vocabulary, PART))](
+            entropy,
+            products,
+            allowed,
+            depth,
+            chosen,
+            layers,
+            rows,
+            vocabulary,
+            LAYERS=triton.next_power_of_2(layers),
+            PART=PART,
+            enable_fp_fusion=False,  # there is nothing to fuse, and Triton 3.9 warns where it is not told
+        )
