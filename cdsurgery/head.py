@@ -87,7 +87,8 @@ class ConfidentHead(nn.Module):
         model = cast(PreTrainedModel, self)
         with self._taps.reading(keep) as states:
             fused = self.confident.scan == "fused"
-            passing = one_pass(model, self.anatomy, self._norm, states, self._generating) if fused else nullcontext()
+            sparing = self._only_generates(inputs)
+            passing = one_pass(model, self.anatomy, self._norm, states, sparing) if fused else nullcontext()
             with passing as passed:
                 plain = self._plain_forward(**inputs)
             if any(state is None for state in states):
@@ -98,7 +99,7 @@ class ConfidentHead(nn.Module):
             if flat and allowed is not None:
                 allowed = allowed[None]
             if passed is None:
-                logits, depth, entropy = self._select(final, states, allowed)
+                logits, depth, entropy = self._select(final, states, allowed, sparing)
             else:
                 logits, depth, entropy = passed.select(final, allowed)
         if flat:
@@ -112,13 +113,19 @@ class ConfidentHead(nn.Module):
             **self._moved_loss(plain, logits, inputs),
         )
 
-    def _select(self, final: Tensor, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _only_generates(self, inputs: dict[str, Any]) -> bool:
+        """Whether nobody sees the entropies: in a step of `generate`, and in one of transformers' `generate_batch`."""
+        return self._generating or "logits_indices" in inputs  # which continuous batching alone passes
+
+    def _select(
+        self, final: Tensor, states: list[Tensor], allowed: Tensor | None, sparing: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The logits, depth and entropies that `select` returns, from the final logits and the states before."""
         model, anatomy, measure = cast(PreTrainedModel, self), self.anatomy, MEASURES[self.confident.measure]
         shard = vocabulary_shard(model, anatomy, measure)
         if shard is not None:
             final, measure = shard.part(final), shard.entropy
-        if self._is_lazy(final):
+        if self._is_lazy(final, sparing):
             unembed = shard or few_rows_unembedding(model, anatomy)
 
             def project(k: int, rows: Tensor) -> Tensor:
@@ -133,14 +140,12 @@ class ConfidentHead(nn.Module):
             logits, depth, entropy = select(candidates, measure, allowed)
         return logits if shard is None else shard.whole(logits), depth, entropy
 
-    def _is_lazy(self, final: Tensor) -> bool:
+    def _is_lazy(self, final: Tensor, sparing: bool) -> bool:
         if self.confident.scan == "full" or not can_look(final.device):
             return False
         if self.confident.scan == "lazy":
             return True
-        return self._generating and fewer_rows_pay(
-            final.device, (len(self._taps.states) + 1) * final.shape[:-1].numel()
-        )
+        return sparing and fewer_rows_pay(final.device, (len(self._taps.states) + 1) * final.shape[:-1].numel())
 
     def _plain_forward(self, **inputs: Any) -> Any:
         return (self._placed_forward or super().forward)(**inputs, **self._as_dict)
