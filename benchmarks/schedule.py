@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdsurgery.entropy import MEASURES
+from cdsurgery.kernels.pick_trough import pick_trough
 
 
 class Schedule:
@@ -27,6 +28,7 @@ class Schedule:
     def __init__(self, rate: float) -> None:
         self.rate, self.generator = rate, torch.Generator().manual_seed(0)
         self.calls = 0
+        self._entropies: dict[torch.Size, Tensor] = {}
 
     def __call__(self, logits: Tensor) -> Tensor:
         """`[M, B, T, V]` -> `[M, B, T]` in one call, or `[B, T, V]` and then `[R, V]` for each candidate in turn."""
@@ -46,15 +48,27 @@ class Schedule:
         """`[B, T, M]` -> `[B, T]`, in place of the depth that a fused scan finds in its first reading."""
         return self._moving(entropy[..., 0]).long()
 
+    def pick(self, entropy: Tensor, products: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`pick_trough`, which finds that depth itself where all products were written, on other entropies."""
+        if entropy.shape not in self._entropies:
+            self._entropies[entropy.shape] = torch.full_like(entropy, 2.0)
+            self._entropies[entropy.shape][0] = 1.0
+        others = self._entropies[entropy.shape]
+        # Below 1 as often as the rate says; in place, so that a captured step has one operation more and no other.
+        others[1:2].uniform_(1 - self.rate, 2 - self.rate, generator=self._generator_of(entropy))
+        return pick_trough(others, products, allowed)
+
     @staticmethod
     def further(entropy: Tensor) -> Tensor:
         """The same of a later reading: no row of those that it has goes on."""
         return torch.ones_like(entropy[..., 0], dtype=torch.int64)
 
     def _moving(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=self._generator_of(like), device=like.device) < self.rate
+
+    def _generator_of(self, tensor: Tensor) -> torch.Generator | None:
         # Of a GPU's own generator each replay of a captured step draws other numbers.
-        generator = self.generator if like.is_cpu else None
-        return torch.rand(like.shape, generator=generator, device=like.device) < self.rate
+        return self.generator if tensor.is_cpu else None
 
 
 _entropy = MEASURES["entropy"]
@@ -65,5 +79,9 @@ def scheduled(rate: float) -> Iterator[None]:
     """Let wrapped models select by a `Schedule` instead of by entropy."""
     schedule = Schedule(rate)
     fused = {"allowed_depth": schedule.depth, "trough_depth": schedule.further}
-    with patch.dict(MEASURES, {"entropy": schedule}), patch.multiple("cdsurgery.one_pass", **fused):
+    with (
+        patch.dict(MEASURES, {"entropy": schedule}),
+        patch.multiple("cdsurgery.one_pass", **fused),
+        patch("cdsurgery.readings.pick_trough", schedule.pick),
+    ):
         yield

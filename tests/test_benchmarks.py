@@ -63,11 +63,15 @@ def test_a_ratio_counts_the_rare_steps_that_take_longer(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("way", ["lazy", "full", "fused"])
 @pytest.mark.parametrize("rate", [0.0, 0.115, 1.0])
 @pytest.mark.parametrize("lookback", [1, 3])
+@pytest.mark.parametrize(("rows", "calls"), [(25, 5), (1, 125)], ids=["projected again", "written"])
 @torch.no_grad()
-def test_rows_move_as_often_as_scheduled_and_by_one_layer(way: str, rate: float, lookback: int) -> None:
+def test_rows_move_as_often_as_scheduled_and_by_one_layer(
+    way: str, rate: float, lookback: int, rows: int, calls: int
+) -> None:
     model = wrapped(tiny_model("llama"), lookback, way)
     with scheduled(rate):
-        depths = 6 - torch.cat([model(token_ids(8, 25, seed), logits_to_keep=0).selected_layer for seed in range(5)])
+        moved = [model(token_ids(8, rows, seed), logits_to_keep=0).selected_layer for seed in range(calls)]
+    depths = 6 - torch.cat(moved)
     assert set(depths.flatten().tolist()) <= {0, 1}
     # Of 1,000 draws; three standard deviations of a share of 0.115 are 0.03.
     assert depths.float().mean() == pytest.approx(rate, abs=0.03)
