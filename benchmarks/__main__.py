@@ -21,6 +21,7 @@ Part = Callable[[Setting, machine.Limits], Table]
 
 PARTS: dict[str, Part] = {
     "step": step.decode_steps,
+    "compiled": step.compiled_steps,
     "prefill": step.prefills,
     "generation": generation.generations,
     "onnx": onnx.decode_steps,

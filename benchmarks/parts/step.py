@@ -21,9 +21,20 @@ from cdsurgery.timing import interleaved
 def decode_steps(setting: Setting, limits: Limits) -> Table:
     """One new token a row on a cache of `context` tokens; `rate` of the rows move by one layer."""
     plain = random_model(setting.shape, setting.torch_dtype)
+    return _decode_steps(plain, step_ways(plain, setting.lookback), setting, limits)
+
+
+def compiled_steps(setting: Setting, limits: Limits) -> Table:
+    """The same of models that torch.compile compiles, each; a compiled step goes by no value, so none is "lazy"."""
+    plain = random_model(setting.shape, setting.torch_dtype)
+    ways = wrapped_ways(plain, setting.lookback)
+    compiled = {way: torch.compile(model, dynamic=False) for way, model in ways.items() if way != "lazy"}
+    return _decode_steps(plain, compiled, setting, limits)
+
+
+def _decode_steps(plain: Any, models: dict[str, Any], setting: Setting, limits: Limits) -> Table:
     cache = filled_cache(plain, setting.batch, setting.context)
     steps = Roofline(plain, limits).steps(setting.batch, bytes_of(cache), setting.lookback, setting.rate)
-    models = step_ways(plain, setting.lookback)
     timings = _in_turns(models, setting, lambda model: decode_step(model, cache, setting.batch))
     return compared(timings, steps | {"published": steps["full"]})
 
