@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdsurgery.cli.screen import visible
+from cdsurgery.cli.screen import quoted, spelled, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -145,7 +145,7 @@ def _marked(said: str, console: Console) -> Text:
     from rich.text import Text
 
     head, line_break, rest = said.partition("\n")
-    shown = _spelled(head + line_break)
+    shown = spelled(head + line_break)
     marked = Text(shown if console.is_terminal else f"«{shown}»", CHANGED_STYLE)
     return marked + Text(line_break + visible(rest))
 
@@ -159,7 +159,7 @@ def _changes(rows: Sequence[tuple[int, TracedToken, str, str]], console: Console
     table.add_column("entropy in nats, final -> selected", justify="right")
     for index, token, said, unsaid in rows:
         entropies = f"{token.entropy[0]:.3f} -> {token.entropy[token.depth]:.3f}"
-        table.add_row(str(index + 1), _quoted(unsaid), _quoted(said), str(token.selected_layer), entropies)
+        table.add_row(str(index + 1), quoted(unsaid), quoted(said), str(token.selected_layer), entropies)
     return table
 
 
@@ -168,11 +168,3 @@ def _table(console: Console) -> Table:
     from rich.table import Table
 
     return Table(box=box.ROUNDED if console.is_terminal else None, header_style="bold", border_style="dim")
-
-
-def _spelled(piece: str) -> str:
-    return visible(piece).replace("\n", "\\n")
-
-
-def _quoted(piece: str) -> str:
-    return f"'{_spelled(piece)}'"

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from cdsurgery.cli.model import add_device_argument, import_export, is_artifact, load, load_tokenizer, wrap
+from cdsurgery.cli.model import add_device_argument, is_artifact, load, load_artifact, load_tokenizer, wrap
 from cdsurgery.cli.screen import Screen, TokenCounter, visible
 from cdsurgery.cli.text import check_prompt, decode, encode
 from cdsurgery.cli.wrapping import add_wrapping_arguments, given_flags, wrapping_config
@@ -88,18 +88,8 @@ def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int | 
     """What generates, its tokenizer, and L (None for the plain model, which is not looked into)."""
     config, fixed = wrapping_config(options), given_flags(options)
     if is_artifact(options.model):
-        if fixed or options.plain:
-            raise InvalidInputError(
-                f"{options.model} is an exported artifact, whose layer selection was fixed when it was made. Leave out "
-                f"{', '.join(fixed) or '--plain'}, or give the model it was made from."
-            )
-        if options.device is not None:
-            raise InvalidInputError(
-                f"{options.model} is an exported artifact, which runs where it was made for. Leave out --device, or "
-                "give the model it was made from."
-            )
-        with screen.stage(f"Loading {options.model}"):
-            runner = import_export().load(options.model)
+        others = ["--plain"] * options.plain + ["--device"] * (options.device is not None)
+        runner = load_artifact(options.model, fixed + others, screen)
         _seed(options.seed)
         return runner, load_tokenizer(options.model), runner.manifest.layers
     if options.plain and fixed:

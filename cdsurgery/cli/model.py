@@ -70,6 +70,25 @@ def _moved(model: Any, source: str, device: str) -> PreTrainedModel:
         ) from error
 
 
+def load_artifact(source: str, given: list[str], screen: Screen) -> Any:
+    """An artifact or an engine, open for running, under a stage of its own.
+
+    Args:
+        given: the flags of a model that were given with it, as they are typed.
+
+    Raises:
+        InvalidInputError: there are such flags.
+    """
+    if given:
+        raise InvalidInputError(
+            f"{source} is an exported artifact, whose selection of layers and device were fixed when it was made. "
+            f"Leave out {', '.join(given)}, or give the model it was made from."
+        )
+    with screen.stage(f"Loading {source}"):
+        silence_transformers()
+        return import_export().load(source)
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, or in the artifact."""
     from cdsurgery import loading

@@ -116,6 +116,16 @@ def visible(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
+def spelled(piece: str) -> str:
+    """A piece of text on one line: line breaks are written out too."""
+    return visible(piece).replace("\n", "\\n")
+
+
+def quoted(piece: str) -> str:
+    """A piece of text on one line, in quotes that show its spaces."""
+    return f"'{spelled(piece)}'"
+
+
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 

@@ -30,14 +30,8 @@ def encode(
     ids: Any = encoded["input_ids"]
     if ids.shape[1] == 0:
         raise InvalidInputError(f"The prompt {prompt!r} has no tokens for this tokenizer. Give another beginning.")
-    text_config = config.get_text_config()
-    vocabulary, largest = text_config.vocab_size, int(ids.max())
-    if largest >= vocabulary:
-        raise InvalidInputError(
-            f"The tokenizer made token id {largest}, but the model has ids 0 to {vocabulary - 1}. They do not belong "
-            "together: save the model's own tokenizer into its folder."
-        )
-    context = getattr(text_config, "max_position_embeddings", None)
+    check_known(int(ids.max()), config)
+    context = context_of(config)
     if context is not None and ids.shape[1] + max_new_tokens > context:
         raise InvalidInputError(
             f"The prompt has {ids.shape[1]} tokens; with {max_new_tokens} new ones that is "
@@ -45,6 +39,21 @@ def encode(
             "--max-new-tokens."
         )
     return {"input_ids": ids, "attention_mask": encoded["attention_mask"]}
+
+
+def check_known(largest: int, config: PreTrainedConfig) -> None:
+    """Refuse ids that the model does not have, told by the largest one."""
+    vocabulary = config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise InvalidInputError(
+            f"The tokenizer made token id {largest}, but the model has ids 0 to {vocabulary - 1}. They do not belong "
+            "together: save the model's own tokenizer into its folder."
+        )
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model's context holds; None where its config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
