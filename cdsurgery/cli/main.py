@@ -25,6 +25,7 @@ COMMANDS = (
     "export tensorrt",
     "export triton",
     "verify",
+    "analyze",
     "bench",
 )
 GROUPS = {"export": "write a model with its layer selection for another runtime"}
