@@ -15,6 +15,7 @@ from cdsurgery.cli.main import main
 
 LAYERS, CONTEXT = 4, 128
 ESCAPE = "\x1b"
+PROCESS = (sys.executable, "-c", "import sys; from cdsurgery.cli.main import main; sys.exit(main())")
 
 
 def save_tiny_model(path: Path) -> Path:
@@ -48,7 +49,7 @@ def save_tiny_model(path: Path) -> Path:
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does, its output piped."""
     return subprocess.run(
-        [sys.executable, "-c", "import sys; from cdsurgery.cli.main import main; sys.exit(main())", *arguments],
+        [*PROCESS, *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",

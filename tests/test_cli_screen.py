@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import ESCAPE, exit_code, run_command
+from command_line import ESCAPE, PROCESS, exit_code, run_command
 
 from cdsurgery.cli.main import COMMANDS
 from cdsurgery.cli.screen import Screen, TokenCounter, visible
@@ -92,3 +93,14 @@ def test_control_characters_are_written_out() -> None:
 def test_json_has_no_nan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Screen(as_json=True).result({"entropy": (0.5, float("nan"), float("-inf"))})
     assert json.loads(capsys.readouterr().out) == {"entropy": [0.5, None, None]}
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_a_reader_who_has_seen_enough_is_no_error(folder: Path, flags: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*PROCESS, "inspect", str(folder), *flags]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert done.returncode == 141  # what a shell says of a program that the signal ended

@@ -7,6 +7,7 @@ five members of `Command` and name it in `COMMANDS`; a name of two words, such a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from typing import Protocol, cast
@@ -30,7 +31,7 @@ COMMANDS = (
 )
 GROUPS = {"export": "write a model with its layer selection for another runtime"}
 
-GOOD, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+GOOD, CHECK_FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 DESCRIPTION = """\
 Run a language model's most confident near-final layer.
@@ -64,12 +65,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     screen = Screen(as_json=options.json)
     try:
-        return GOOD if cast(Command, options.command).run(options, screen) else CHECK_FAILED
+        code = GOOD if cast(Command, options.command).run(options, screen) else CHECK_FAILED
+        sys.stdout.flush()
+        return code
     except SurgeryError as error:
         screen.error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing fails when Python ends
+        return UNREAD
 
 
 def build_parser() -> argparse.ArgumentParser:

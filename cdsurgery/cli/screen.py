@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from unicodedata import category
 
 from cdsurgery.errors import SurgeryError
@@ -132,7 +132,7 @@ def _console(stream: TextIO) -> Console:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")  # a model's text need not fit the locale's encoding
     terminal = stream.isatty()
-    return Console(
+    console = Console(
         file=stream,
         force_terminal=terminal,  # said outright, because FORCE_COLOR would put escape codes into pipes
         width=None if terminal else PIPE_WIDTH,
@@ -140,6 +140,12 @@ def _console(stream: TextIO) -> Console:
         highlight=False,
         emoji=False,
     )
+    console.on_broken_pipe = _broken_pipe  # type: ignore[method-assign]  # rich's exits with 1: a check failed
+    return console
+
+
+def _broken_pipe() -> NoReturn:
+    raise BrokenPipeError
 
 
 def _finite(value: Any) -> Any:
