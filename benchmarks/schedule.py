@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cdsurgery.entropy import MEASURES
-from cdsurgery.kernels.pick_trough import pick_trough
+from cdsurgery.kernels.pick_trough import pick_further, pick_trough
 
 
 class Schedule:
@@ -59,6 +59,12 @@ class Schedule:
         return pick_trough(others, products, allowed)
 
     @staticmethod
+    def pick_no_further(*given: Tensor) -> tuple[Tensor, Tensor]:
+        """`pick_further`, of which the same is true."""
+        *rows, deeper, products = given
+        return pick_further(*rows, torch.full_like(deeper, float("inf")), products)
+
+    @staticmethod
     def further(entropy: Tensor) -> Tensor:
         """The same of a later reading: no row of those that it has goes on."""
         return torch.ones_like(entropy[..., 0], dtype=torch.int64)
@@ -78,10 +84,10 @@ _entropy = MEASURES["entropy"]
 def scheduled(rate: float) -> Iterator[None]:
     """Let wrapped models select by a `Schedule` instead of by entropy."""
     schedule = Schedule(rate)
-    fused = {"allowed_depth": schedule.depth, "trough_depth": schedule.further}
+    written = {"pick_trough": schedule.pick, "pick_further": schedule.pick_no_further}
+    projected_again = {"allowed_depth": schedule.depth, "trough_depth": schedule.further}
     with (
         patch.dict(MEASURES, {"entropy": schedule}),
-        patch.multiple("cdsurgery.one_pass", **fused),
-        patch("cdsurgery.readings.pick_trough", schedule.pick),
+        patch.multiple("cdsurgery.one_pass", **written, **projected_again),
     ):
         yield

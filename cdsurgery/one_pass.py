@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from cdsurgery.anatomy import Anatomy, joined
+from cdsurgery.anatomy import Anatomy, joined, logits_of_products
 from cdsurgery.errors import UnsupportedModelError
 from cdsurgery.fused import fused_unembedding
 from cdsurgery.joint_norm import JointNorm
+from cdsurgery.kernels.pick_trough import pick_further, pick_trough
 from cdsurgery.lazy import can_look
 from cdsurgery.readings import Compaction, Reading, Tail, reading_plan
 from cdsurgery.trough import allowed_depth, trough_depth
@@ -138,8 +139,8 @@ class OnePass:
         own = final.flatten(0, -2)
         # Sums have no gradient, and products get theirs from the layer itself.
         differentiable, rows = torch.is_grad_enabled(), own.shape[0]
-        first, *self._later = self._plan(own.device, rows)
-        keeps_all = not differentiable and self._tail.unembedding.writes(rows * first)
+        first, *self._later = plan = self._plan(own.device, rows)
+        keeps_all = not differentiable and self._tail.unembedding.writes(rows * max(plan))
         written = rows * (first + 1) if keeps_all else 0 if differentiable else rows
         # Its rows are those of layer L, then those of layer L-1, and so on.
         self._reading = Reading(self._tail, torch.cat([own[None], self._inputs(0, first).to(own.device)]), written)
@@ -173,40 +174,52 @@ class OnePass:
             logits `[B, T, V]`, depth `[B, T]` int64 in [0, K], entropy `[B, T, M]` float32, NaN in the layers of
             readings that the row did not come to.
         """
-        entropy = self._reading.entropy.unflatten(1, final.shape[:-1]).movedim(0, -1)
-        if self._reading.keeps_all:
-            depth, logits = self._reading.troughs(allowed)
-        else:
-            depth = allowed_depth(entropy, allowed)
-            back = depth.flatten()
-            logits = self._reading.logits((back, torch.arange(len(back), device=back.device)), back)
-        logits, depth = logits.view(final.shape), depth.view(final.shape[:-1])
-        if not self._reading.keeps_all:  # final rows among them
-            logits = torch.where((depth > 0)[..., None], logits, final)
+        may_move = None if allowed is None else allowed.flatten()
+        find = self._picked if self._reading.keeps_all else self._projected_again
+        logits, depth, entropy = find(final.flatten(0, -2), may_move)
+        unread = len(self._states) + 1 - len(entropy)
+        entropy = entropy.unflatten(1, final.shape[:-1]).movedim(0, -1)
+        entropy = pad(entropy, (0, unread), value=float("nan")) if unread else entropy
+        return logits.view(final.shape), depth.view(final.shape[:-1]), entropy
+
+    def _picked(self, final: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits `[N, V]`, depth `[N]` and entropy `[.., N]`, where the products of all candidates were written."""
+        entropy = self._reading.entropy
+        depth, products = pick_trough(entropy, self._reading.products, allowed)
         for layers in self._later:
-            going = Compaction.of(depth.flatten() == entropy.shape[-1] - 1)
+            going = Compaction.of(depth == len(entropy) - 1)
             if _looks(depth) and not going.active:
                 break
-            logits, depth, entropy = self._select_further(logits, depth, entropy, going, layers)
-        unread = len(self._states) + 1 - entropy.shape[-1]
-        return logits, depth, pad(entropy, (0, unread), value=float("nan")) if unread else entropy
+            further = self._read_further(going, len(entropy) - 1, layers)
+            depth, entropy = pick_further(
+                depth, products, entropy, going.place, further.entropy.contiguous(), further.products
+            )
+        return logits_of_products(self._tail.model, self._tail.anatomy, products), depth, entropy
 
-    def _select_further(
-        self, logits: Tensor, depth: Tensor, entropy: Tensor, going: Compaction, layers: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, of rows that went as far back as has been read, with a reading of so many layers more."""
-        reached = entropy.shape[-1] - 1
-        # Its rows are all layers of one row, then those of the next one.
-        inputs = self._inputs(reached, reached + layers).to(depth.device)[:, going.order]
-        rows = layers * len(going.order)
-        written = rows if self._tail.unembedding.writes(rows) else 0
-        reading = Reading(self._tail, inputs.movedim(0, 1), written, going.active * layers)
-        deeper = reading.entropy[going.place]
-        entropy = torch.cat([entropy, deeper.view(*depth.shape, -1)], dim=-1)
-        depth = torch.where(depth == reached, trough_depth(entropy), depth)
-        moves = depth.flatten() - reached
-        chosen = reading.logits((going.place, (moves - 1).clamp(min=0)), moves).view(logits.shape)
-        return torch.where((depth > reached)[..., None], chosen, logits), depth, entropy
+    def _projected_again(self, final: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where they were not, so that those of the chosen ones are made again; `final` is `[N, V]`."""
+        entropy = self._reading.entropy
+        depth = allowed_depth(entropy.T, allowed)
+        chosen = self._reading.again((depth, torch.arange(len(depth), device=depth.device)), depth)
+        logits = torch.where((depth > 0)[:, None], chosen, final)
+        for layers in self._later:
+            reached = len(entropy) - 1
+            going = Compaction.of(depth == reached)
+            if _looks(depth) and not going.active:
+                break
+            further = self._read_further(going, reached, layers)
+            entropy = torch.cat([entropy, further.entropy[going.place].T])
+            depth = torch.where(depth == reached, trough_depth(entropy.T), depth)
+            moves = depth - reached
+            chosen = further.again((going.place, (moves - 1).clamp(min=0)), moves)
+            logits = torch.where((moves > 0)[:, None], chosen, logits)
+        return logits, depth, entropy
+
+    def _read_further(self, going: Compaction, reached: int, layers: int) -> Reading:
+        """The next layers of the rows that go on: all of one row, then those of the next one."""
+        inputs = self._inputs(reached, reached + layers).to(going.order.device)[:, going.order].movedim(0, 1)
+        written = layers * len(going.order) if self._reading.keeps_all else 0
+        return Reading(self._tail, inputs, written, going.active * layers)
 
 
 def _looks(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from cdsurgery.anatomy import Anatomy, joined, logits_of_products, unembedded, unembedding_input
 from cdsurgery.fused import FusedUnembedding
-from cdsurgery.kernels.pick_trough import pick_trough
+from cdsurgery.kernels.compact import compact
 from cdsurgery.lazy import ACCELERATOR_FREE_ROWS
 
 # Rows that a program of the kernel multiplies together, where there are many: fewer take as long (`kernels.launch`).
@@ -92,9 +92,7 @@ class Compaction:
     @classmethod
     def of(cls, counts: Tensor) -> Compaction:
         """From whether each row counts, `[N]` bool."""
-        order = counts.logical_not().argsort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return cls(order, place, counts.sum())
+        return cls(*compact(counts))
 
 
 class Reading:
@@ -120,28 +118,14 @@ class Reading:
         """Whether the products of all rows were written."""
         return len(self.products) == self.entropy.numel()
 
-    def troughs(self, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Where each of the B rows has its trough among the A layers `[B]`, and its logits there `[B, V]`.
-
-        For a reading that keeps all products.
-
-        Args:
-            allowed: as of `allowed_depth`, of B rows in all.
-        """
-        depth, products = pick_trough(self.entropy, self.products, None if allowed is None else allowed.flatten())
-        return depth, logits_of_products(self._tail.model, self._tail.anatomy, products)
-
-    def logits(self, at: tuple[Tensor, Tensor], moves: Tensor) -> Tensor:
-        """Of N of its rows, `[N, V]`, by a second product unless all were written.
+    def again(self, at: tuple[Tensor, Tensor], moves: Tensor) -> Tensor:
+        """The logits of N of its rows, `[N, V]`, by a second product.
 
         Args:
             at: `[N]` int64 each, their places on A and on B.
             moves: `[N]` int64; where it is not above 0, what is returned may be anything.
         """
-        model, anatomy, shape = self._tail.model, self._tail.anatomy, self.entropy.shape
-        if self.keeps_all:
-            return logits_of_products(model, anatomy, self.products.unflatten(0, shape)[at])
-        inputs = self._inputs[at]
+        model, anatomy, inputs = self._tail.model, self._tail.anatomy, self._inputs[at]
         if torch.is_grad_enabled():
             return unembedded(model, anatomy, inputs)
         some = Compaction.of(moves > 0)

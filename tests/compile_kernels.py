@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cdsurgery.kernels.launch import launch, launch_pick
+from cdsurgery.kernels.launch import launch, launch_compact, launch_pick, launch_pick_further
 
 run = JITFunction.run
 
@@ -48,7 +48,11 @@ def compiled(
         launch(state, weight, bias, scale, softcap, everything, 300, active, products)
         entropy, picks = torch.zeros(11, rows), torch.zeros(11 * rows, 300, dtype=dtype)
         allowed = torch.ones(rows, dtype=torch.bool) if some else None
-        launch_pick(entropy, picks, allowed, torch.zeros(rows, dtype=torch.int64), picks[:rows])
+        numbers = torch.zeros(rows, dtype=torch.int64)
+        launch_pick(entropy, picks, allowed, numbers, picks[:rows])
+        read, deeper = torch.zeros(4, rows), torch.zeros(rows, 7)
+        launch_pick_further(numbers, picks[:rows], read, numbers, deeper, picks[: 7 * rows], numbers, entropy)
+        launch_compact(torch.ones(rows, dtype=torch.bool), numbers, numbers, numbers[0])
     words = ("mma.sync", "wgmma.mma_async", "tf32", "cp.async.cg")
     return [
         {

@@ -269,7 +269,7 @@ def test_the_command_writes_its_figures_with_machine_versions_and_command(
 @pytest.mark.parametrize(
     ("arguments", "gpu", "message"),
     [
-        (["dance"], False, r"No such part: dance\. There are step, prefill, generation, onnx"),
+        (["dance"], False, r"No such part: dance\. There are step, compiled, prefill, generation, onnx"),
         (["tensorrt"], False, "PyTorch sees none here"),
         (["onnx", "--dtype", "bfloat16"], False, "CPU has no bfloat16. Measure onnx in float32"),
         (["step", "--rounds", "1"], False, "--rounds is 1; it must be at least 2"),

@@ -14,7 +14,6 @@ from torch import Tensor
 import cdsurgery
 import cdsurgery.kernels.unembed_sums
 import cdsurgery.one_pass
-import cdsurgery.readings
 from cdsurgery import ConfidentOutput, UnsupportedModelError
 from cdsurgery.anatomy import logits_of_products, tail_logits, unembedding_input
 from cdsurgery.entropy import entropy
@@ -231,7 +230,7 @@ def test_the_kernel_selects_what_pytorch_does(
 
     ran: list[int] = []
     monkeypatch.setattr(cdsurgery.fused, "unembed_sums", lambda *given: (ran.append(1), kernel(*given))[1])
-    monkeypatch.setattr(cdsurgery.readings, "pick_trough", lambda *given: (ran.append(1), picking(*given))[1])
+    monkeypatch.setattr(cdsurgery.one_pass, "pick_trough", lambda *given: (ran.append(1), picking(*given))[1])
     fused, full = outputs(family, dtype, logits_to_keep=keep)
     assert len(ran) == 2
     same_selection(fused, full)

@@ -1,4 +1,4 @@
-"""`pick_trough`, in PyTorch and as a kernel, against a literal loop over one row's entropies."""
+"""`pick_trough` and `pick_further`, in PyTorch and as kernels, against a literal loop over one row's entropies."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cdsurgery import InvalidInputError
-from cdsurgery.kernels.pick_trough import pick_trough
+from cdsurgery.kernels.pick_trough import pick_further, pick_trough
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
-from cdsurgery.kernels.launch import PART, launch_pick
+from cdsurgery.kernels.launch import PART, launch_pick, launch_pick_further
 
 NAN, INF = float("nan"), float("inf")
 has_gpu = torch.cuda.is_available()
@@ -38,13 +38,35 @@ def on_gpu(*given: Tensor | None) -> Picked:
     return depth.cpu(), chosen.cpu()
 
 
-WAYS = [
-    pytest.param(kernel, id="interpreter", marks=pytest.mark.skipif(has_gpu, reason="kernels are compiled here")),
-    pytest.param(pick_trough, id="pytorch"),
-    pytest.param(
-        on_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not has_gpu, reason="needs a CUDA device")]
-    ),
-]
+def further_kernel(depth: Tensor, chosen: Tensor, entropy: Tensor, *rest: Tensor) -> Picked:
+    """The kernel of `pick_further` in the interpreter."""
+    from interpreter import interpreted
+
+    new_depth = torch.full_like(depth, 99)
+    new_entropy = torch.full((len(entropy) + rest[1].shape[1], len(depth)), 99.0)
+    with interpreted():
+        launch_pick_further(depth, chosen, entropy, *rest, new_depth, new_entropy)
+    return new_depth, new_entropy
+
+
+def further_on_gpu(depth: Tensor, chosen: Tensor, *rest: Tensor) -> Picked:
+    """`pick_further` on a GPU."""
+    there = chosen.cuda()
+    found = pick_further(depth.cuda(), there, *(one.cuda() for one in rest))
+    chosen.copy_(there)
+    return found[0].cpu(), found[1].cpu()
+
+
+def ways(in_interpreter: Any, in_pytorch: Any, there: Any) -> list[Any]:
+    no_gpu = pytest.mark.skipif(not has_gpu, reason="needs a CUDA device")
+    return [
+        pytest.param(in_interpreter, id="interpreter", marks=pytest.mark.skipif(has_gpu, reason="it is compiled here")),
+        pytest.param(in_pytorch, id="pytorch"),
+        pytest.param(there, id="gpu", marks=[pytest.mark.gpu, no_gpu]),
+    ]
+
+
+WAYS = ways(kernel, pick_trough, on_gpu)
 
 
 def true_depth(entropies: list[float], allowed: bool) -> int:
@@ -101,10 +123,49 @@ def test_no_rows_are_none(way: Callable[..., Picked]) -> None:
     assert (depth.shape, chosen.shape) == ((0,), (0, 9))
 
 
-def test_pytorch_takes_it_for_an_operator_like_its_own() -> None:
+@pytest.mark.parametrize("way", ways(further_kernel, pick_further, further_on_gpu))
+@pytest.mark.parametrize(
+    ("read", "layers", "rows", "vocabulary", "dtype"),
+    [
+        (2, 1, 1, 5, torch.float32),
+        (2, 9, 8, 300, torch.bfloat16),
+        (4, 3, 9, PART + 77, torch.float16),
+        (3, 30, 4, 64, torch.float32),
+    ],
+    ids=str,
+)
+def test_rows_that_went_as_far_as_was_read_go_on_and_no_other(
+    way: Callable[..., Picked], read: int, layers: int, rows: int, vocabulary: int, dtype: torch.dtype
+) -> None:
+    entropy, products = given(read + layers, rows, vocabulary, dtype)
+    may = (torch.arange(rows) % 4 != 2) | (torch.arange(rows) == rows - 1)
+    depth, chosen = pick_trough(entropy[:read].contiguous(), products[: read * rows].contiguous(), may)
+    before = chosen.clone()
+    place = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    deeper, theirs = torch.empty(rows, layers), torch.empty(rows, layers, vocabulary, dtype=dtype)
+    deeper[place] = entropy[read:].T
+    theirs[place] = products[read * rows :].unflatten(0, (layers, rows)).movedim(0, 1)
+    new_depth, new_entropy = way(depth, chosen, entropy[:read].contiguous(), place, deeper, theirs.flatten(0, 1))
+    free = zip(entropy.T.tolist(), may.tolist(), strict=True)
+    true = [true_depth(one, allowed) for one, allowed in free]
+    assert new_depth.tolist() == true
+    assert true[-1] == read + layers - 1
+    assert rows < 8 or min(true) < read - 1
+    expected = entropy.clone()
+    expected[read:, depth < read - 1] = NAN
+    torch.testing.assert_close(new_entropy, expected, rtol=0, atol=0, equal_nan=True)
+    for row, back in enumerate(true):
+        stands = products[back * rows + row] if back >= read else before[row]
+        torch.testing.assert_close(chosen[row], stands, rtol=0, atol=0, equal_nan=True)
+
+
+def test_pytorch_takes_them_for_operators_like_its_own() -> None:
     entropy, products = torch.rand(4, 3), torch.rand(12, 20)
     for allowed in (None, torch.tensor([True, False, True])):
         torch.library.opcheck(pick_trough, (entropy, products, allowed))
+    # All rows go on, as the check takes no NaN for another.
+    rows = (torch.full((3,), 3), torch.rand(3, 20), entropy, torch.tensor([2, 0, 1]), torch.rand(3, 2), products[:6])
+    torch.library.opcheck(pick_further, rows)
 
 
 def test_it_exports_and_compiles_whole_for_any_number_of_rows() -> None:
@@ -139,5 +200,25 @@ MISFITS: dict[str, Any] = {
 
 @pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS.keys())
 def test_tensors_that_do_not_fit_are_refused(misfit: Any) -> None:
-    with pytest.raises(InvalidInputError, match=r"pick_trough got \[.* It takes entropies \[M, R\] in float32"):
+    with pytest.raises(
+        InvalidInputError, match=r"pick_trough got \[.* It takes \[A, R\] in float32, .* all contiguous"
+    ):
         pick_trough(*misfit)
+
+
+FURTHER: dict[str, Any] = {
+    "place": 3,
+    "deeper": 4,
+    "products": 5,
+    "chosen": 1,
+}
+
+
+@pytest.mark.parametrize("at", FURTHER.values(), ids=FURTHER.keys())
+def test_tensors_that_do_not_fit_a_later_reading_are_refused(at: int) -> None:
+    numbers = torch.zeros(3, dtype=torch.int64)
+    fitting = [numbers, torch.zeros(3, 9), torch.zeros(2, 3), numbers, torch.zeros(3, 4), torch.zeros(12, 9)]
+    pick_further(*fitting)
+    fitting[at] = fitting[at][1:].contiguous()
+    with pytest.raises(InvalidInputError, match=r"pick_further got \[.* It takes int64 \[R\], .* all contiguous"):
+        pick_further(*fitting)

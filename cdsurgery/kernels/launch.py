@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from cdsurgery.kernels.tiles import measure_tiles, merge_tiles
-from cdsurgery.kernels.troughs import pick_rows
+from cdsurgery.kernels.troughs import compact_rows, pick_further_rows, pick_rows
 
 TILE, WIDTH = 128, 64  # entries of the vocabulary, and products added up at a time
 # Blocks of rows that share a tile through the L2 cache: at 128 rows of 4,096 numbers of 2 bytes they take 16 MB of its
@@ -129,4 +129,47 @@ def launch_pick(entropy: Tensor, products: Tensor, allowed: Tensor | None, depth
             LAYERS=triton.next_power_of_2(layers),
             PART=PART,
             enable_fp_fusion=False,  # there is nothing to fuse, and Triton 3.9 warns where it is not told
+        )
+
+
+def launch_pick_further(
+    depth: Tensor,
+    chosen: Tensor,
+    entropy: Tensor,
+    place: Tensor,
+    deeper: Tensor,
+    products: Tensor,
+    new_depth: Tensor,
+    new_entropy: Tensor,
+) -> None:
+    """Start the kernel of `pick_further`, on tensors as that takes them, and on its two results, which are filled."""
+    rows, layers = deeper.shape
+    if chosen.numel() == 0:
+        return
+    with torch.cuda.device_of(entropy):
+        pick_further_rows[(rows, triton.cdiv(chosen.shape[1], PART))](
+            depth,
+            chosen,
+            entropy,
+            place,
+            deeper,
+            products,
+            new_depth,
+            new_entropy,
+            len(entropy) - 1,
+            layers,
+            rows,
+            chosen.shape[1],
+            LAYERS=triton.next_power_of_2(len(new_entropy)),
+            PART=PART,
+            enable_fp_fusion=False,
+        )
+
+
+def launch_compact(counts: Tensor, order: Tensor, place: Tensor, active: Tensor) -> None:
+    """Start the kernel of `compact`, on rows as that takes them, and on its three results, which are filled."""
+    rows = len(counts)
+    with torch.cuda.device_of(counts):
+        compact_rows[(1,)](
+            counts, order, place, active, rows, ROWS=triton.next_power_of_2(max(rows, 1)), enable_fp_fusion=False
         )
