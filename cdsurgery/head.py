@@ -8,7 +8,6 @@ the final and the selected logits.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -27,7 +26,6 @@ from cdsurgery.joint_norm import JointNorm
 from cdsurgery.lazy import can_look, fewer_rows_pay, select_lazily
 from cdsurgery.one_pass import one_pass
 from cdsurgery.output import ConfidentOutput, confident_output
-from cdsurgery.probe import taken
 from cdsurgery.shard import vocabulary_shard
 from cdsurgery.states import kept_rows
 from cdsurgery.taps import Taps
@@ -193,72 +191,3 @@ class ConfidentHead(nn.Module):
         vocabulary = model.config.get_text_config().vocab_size
         loss = functools.partial(model.loss_function, labels=inputs["labels"], vocab_size=vocabulary, **extra)
         return {"loss": plain.loss + (loss(logits=logits) - loss(logits=plain.logits))}
-
-
-def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps, norm: JointNorm | None) -> None:
-    """Turn `model` into a `ConfidentHead`, in place."""
-    plain = type(model)
-    parameters = inspect.signature(plain.forward).parameters.values()
-    # accelerate puts a `forward` on the instance, which would hide the one of our class: it is run inside ours.
-    placed_forward = model.__dict__.pop("forward", None)
-    model.__class__ = confident_class(plain)  # type: ignore[arg-type]  # a class is hashable
-    model.confident, model.anatomy = config, anatomy
-    model._taps, model._norm, model._placed_forward = taps, norm, placed_forward
-    model._argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
-    model._as_dict = taken(plain.forward, {"return_dict": True})
-
-
-def restore_(model: Any) -> None:
-    """Undo `operate_`, in place.
-
-    Raises:
-        SurgeryError: another forward has been placed on the instance since, around ours: it would call what is gone.
-    """
-    forward = model.__dict__.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
-        raise SurgeryError(
-            f"A forward was put on this {type(model).__name__} after it was wrapped, as accelerate does. Remove it "
-            "first, for example with accelerate.hooks.remove_hook_from_module(model, recurse=True), then unwrap."
-        )
-    model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
-    model._taps.remove()
-    placed_forward = model._placed_forward
-    for name in ("confident", "anatomy", "_taps", "_norm", "_placed_forward", "_argument_names", "_as_dict"):
-        delattr(model, name)
-    model.__class__ = plain_class(type(model))
-    if placed_forward is not None:
-        model.forward = placed_forward
-
-
-@functools.cache
-def confident_class(plain: type[Any]) -> type[ConfidentHead]:
-    """The class of a wrapped `plain`: both a `ConfidentHead` and a `plain`, under the plain class's name.
-
-    The name stays because transformers goes by it: `save_pretrained` writes it into the config, pipelines look it up.
-    The forward keeps its signature because `generate` and `torch.export` read it.
-    """
-
-    @functools.wraps(plain.forward)
-    def forward(self: ConfidentHead, *args: Any, **kwargs: Any) -> Any:
-        return ConfidentHead.forward(self, *args, **kwargs)
-
-    # Tools that undo decorators by following `__wrapped__` (accelerate's unwrap_model) would end at the plain forward.
-    del forward.__wrapped__
-    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
-    return _subclass(plain, forward)
-
-
-@functools.cache
-def adapter_class(plain: type[Any]) -> type[ConfidentHead]:
-    """The class of an adapter (PEFT) around a wrapped model: its forward is its own, the model inside selects."""
-    return _subclass(plain, plain.forward)
-
-
-def plain_class(confident: type[ConfidentHead]) -> type[Any]:
-    """The class a wrapped model had before."""
-    return confident.__bases__[1]
-
-
-def _subclass(plain: type[Any], forward: Callable[..., Any]) -> type[ConfidentHead]:
-    body = {"forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return cast(type[ConfidentHead], type(plain.__name__, (ConfidentHead, plain), body))

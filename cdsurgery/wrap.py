@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, TypeVar
 
 from torch import nn
 
 from cdsurgery.anatomy import Anatomy
+from cdsurgery.classes import adapter_class, confident_class, plain_class
 from cdsurgery.config import DEFAULT_LOOKBACK, ConfidentConfig
 from cdsurgery.errors import InvalidInputError, SurgeryError, UnsupportedModelError
-from cdsurgery.head import ConfidentHead, adapter_class, operate_, plain_class, restore_
+from cdsurgery.head import ConfidentHead
+from cdsurgery.joint_norm import JointNorm
 from cdsurgery.loading import load_causal_lm
 from cdsurgery.one_pass import close_, open_
+from cdsurgery.probe import taken
 from cdsurgery.proof import proven_anatomy
 from cdsurgery.taps import Taps
 
@@ -107,3 +111,38 @@ def adapted_model(model: Any) -> Any:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
+
+
+def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps, norm: JointNorm | None) -> None:
+    """Turn `model` into a `ConfidentHead`, in place."""
+    plain = type(model)
+    parameters = inspect.signature(plain.forward).parameters.values()
+    # accelerate puts a `forward` on the instance, which would hide the one of our class: it is run inside ours.
+    placed_forward = model.__dict__.pop("forward", None)
+    model.__class__ = confident_class(plain)  # type: ignore[arg-type]  # a class is hashable
+    model.confident, model.anatomy = config, anatomy
+    model._taps, model._norm, model._placed_forward = taps, norm, placed_forward
+    model._argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+    model._as_dict = taken(plain.forward, {"return_dict": True})
+
+
+def restore_(model: Any) -> None:
+    """Undo `operate_`, in place.
+
+    Raises:
+        SurgeryError: another forward has been placed on the instance since, around ours: it would call what is gone.
+    """
+    forward = model.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+        raise SurgeryError(
+            f"A forward was put on this {type(model).__name__} after it was wrapped, as accelerate does. Remove it "
+            "first, for example with accelerate.hooks.remove_hook_from_module(model, recurse=True), then unwrap."
+        )
+    model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
+    model._taps.remove()
+    placed_forward = model._placed_forward
+    for name in ("confident", "anatomy", "_taps", "_norm", "_placed_forward", "_argument_names", "_as_dict"):
+        delattr(model, name)
+    model.__class__ = plain_class(type(model))
+    if placed_forward is not None:
+        model.forward = placed_forward
