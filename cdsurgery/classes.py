@@ -15,23 +15,19 @@ def confident_class(plain: type[Any]) -> type[ConfidentHead]:
     """The class of a wrapped `plain`: both a `ConfidentHead` and a `plain`, under the plain class's name.
 
     The name stays because transformers goes by it: `save_pretrained` writes it into the config, pipelines look it up.
-    The forward keeps its signature because `generate` and `torch.export` read it.
+    Methods keep their signatures because `generate` and `torch.export` read them.
     """
-
-    @functools.wraps(plain.forward)
-    def forward(self: ConfidentHead, *args: Any, **kwargs: Any) -> Any:
-        return ConfidentHead.forward(self, *args, **kwargs)
-
-    # Tools that undo decorators by following `__wrapped__` (accelerate's unwrap_model) would end at the plain forward.
-    del forward.__wrapped__
-    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
-    return _subclass(plain, forward)
+    methods = {"forward": _signed(ConfidentHead.forward, plain.forward)}
+    if hasattr(plain, "prepare_inputs_for_generation"):  # it can generate
+        prepare = plain.prepare_inputs_for_generation
+        methods["prepare_inputs_for_generation"] = _signed(ConfidentHead._prepared_inputs, prepare)
+    return _subclass(plain, methods)
 
 
 @functools.cache
 def adapter_class(plain: type[Any]) -> type[ConfidentHead]:
     """The class of an adapter (PEFT) around a wrapped model: its forward is its own, the model inside selects."""
-    return _subclass(plain, plain.forward)
+    return _subclass(plain, {"forward": plain.forward})
 
 
 def plain_class(confident: type[ConfidentHead]) -> type[Any]:
@@ -39,6 +35,19 @@ def plain_class(confident: type[ConfidentHead]) -> type[Any]:
     return confident.__bases__[1]
 
 
-def _subclass(plain: type[Any], forward: Callable[..., Any]) -> type[ConfidentHead]:
-    body = {"forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
+def _signed(ours: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """The method `ours` under the name and the signature of the plain class's `own`."""
+
+    @functools.wraps(own)
+    def method(self: ConfidentHead, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    # Tools that undo decorators by following `__wrapped__` (accelerate's unwrap_model) would end at the plain forward.
+    del method.__wrapped__
+    method.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    return method
+
+
+def _subclass(plain: type[Any], methods: dict[str, Callable[..., Any]]) -> type[ConfidentHead]:
+    body = methods | {"__module__": plain.__module__, "__doc__": plain.__doc__}
     return cast(type[ConfidentHead], type(plain.__name__, (ConfidentHead, plain), body))

@@ -29,13 +29,14 @@ def allowed_rows(probability: float, seed: int, tokens: Tensor, positions: Tenso
     return _mix(counter + tokens.long()) < round(probability * 2**32)
 
 
-def text_positions(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+def text_positions(inputs: dict[str, Any], tokens: Tensor, start: int = 0) -> Tensor:
     """Where each of this call's tokens stands in its text, as transformers counts: padding does not count.
 
     Args:
         inputs: the keyword arguments of a causal LM's forward; `position_ids` wins, then a two-dimensional
             `attention_mask`, then the length of `past_key_values`.
         tokens: `[B, S]`, for its shape and device.
+        start: where the first of them stands if none of these says.
 
     Returns:
         `[B, S]` int64.
@@ -50,7 +51,7 @@ def text_positions(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
     past = inputs.get("past_key_values")
-    start = 0 if past is None else past.get_seq_length()
+    start = start if past is None else past.get_seq_length()
     return (torch.arange(length, device=tokens.device) + start).expand(batch, length)
 
 

@@ -78,10 +78,28 @@ class ConfidentHead(nn.Module):
         finally:
             del self._generating
 
+    def _prepared_inputs(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the model's own `prepare_inputs_for_generation` returns, and where these tokens stand in their text.
+
+        A step of `generate` may not show it: a recurrent state has no length, and Mamba drops the mask.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if self._draws and inputs.get("position_ids") is None:
+            tokens, embeddings = inputs.get("input_ids"), kwargs.get("inputs_embeds")
+            tokens = inputs["inputs_embeds"][..., 0] if tokens is None else tokens
+            whole = input_ids.shape[1] + (0 if embeddings is None else embeddings.shape[1])  # a prompt of embeddings
+            inputs["text_positions"] = text_positions(kwargs, tokens, whole - tokens.shape[1])
+        return inputs
+
+    @property
+    def _draws(self) -> bool:
+        return 0 < self.confident.probability < 1
+
     def _confident_output(self, inputs: dict[str, Any]) -> ConfidentOutput:
         # A model whose forward does not name it ignores it and returns all rows, as transformers' generate knows.
         keep = inputs.get("logits_to_keep", 0) if "logits_to_keep" in self._argument_names else 0
-        allowed = self._allowed_rows(inputs, keep) if self.confident.probability < 1 else None
+        positions = inputs.pop("text_positions", None)
+        allowed = self._allowed_rows(inputs, keep, positions) if self._draws else None
         model = cast(PreTrainedModel, self)
         with self._taps.reading(keep) as states:
             fused = self.confident.scan == "fused"
@@ -167,13 +185,17 @@ class ConfidentHead(nn.Module):
         final = torch.full(plain.logits.shape[:-1], layers, dtype=torch.int64, device=plain.logits.device)
         return confident_output(plain, final_logits=plain.logits, selected_layer=final)
 
-    def _allowed_rows(self, inputs: dict[str, Any], keep: int | Tensor) -> Tensor:
-        """Which kept rows `[B, T]` may leave the final layer; asked before the model runs and its cache grows."""
+    def _allowed_rows(self, inputs: dict[str, Any], keep: int | Tensor, positions: Tensor | None) -> Tensor:
+        """Which kept rows `[B, T]` may leave the final layer; asked before the model runs and its cache grows.
+
+        Args:
+            positions: `[B, S]`, where each token stands in its text; None where the inputs show it.
+        """
         tokens = inputs.get("input_ids")
         if tokens is None:  # called with embeddings: the position alone is the counter
             embeddings = inputs["inputs_embeds"]
             tokens = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-        positions = text_positions(inputs, tokens)
+        positions = text_positions(inputs, tokens) if positions is None else positions
         rows = torch.stack([tokens, positions.to(tokens.device)], dim=-1)
         tokens, positions = slice_logits_to_keep(rows, keep).unbind(-1)
         assert self.confident.seed is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import DTYPES, LAYERS, tiny_model, token_ids, truth
 from torch import Tensor
+from torch.nn import functional
 
 import cdsurgery
 import cdsurgery.head
@@ -135,3 +136,43 @@ def test_generate_takes_the_draws_of_the_full_text() -> None:
     with torch.no_grad():
         logits: Tensor = model(text, use_cache=False).logits
     assert torch.equal(logits[:, 5:-1].argmax(-1), text[:, 6:])
+
+
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # whose steps `generate` tells no position
+
+
+@pytest.mark.parametrize(
+    ("family", "padding"), [*((f, 0) for f in RECURRENT), *((f, 3) for f in ("llama", "bloom", *RECURRENT[:3]))]
+)
+def test_generate_with_a_cache_draws_what_calls_on_the_whole_text_draw(family: str, padding: int) -> None:
+    # A single cached step of plain rwkv mixes the rows of a batch.
+    model, text = wrapped(0.5, seed=6, family=family), IDS[: 1 if family == "rwkv" else 2, :9]
+    mask = torch.ones_like(text)
+    mask[0, :padding] = 0
+    masked = {"attention_mask": mask} if padding else {}
+    written = model.generate(text, max_new_tokens=12, do_sample=False, **masked)
+    with torch.no_grad():
+        for _ in range(12):
+            text = torch.cat([text, model(input_ids=text, **masked).logits[:, -1:].argmax(-1)], dim=1)
+            masked = {name: functional.pad(mask, (0, 1), value=1) for name, mask in masked.items()}
+    assert torch.equal(written, text)
+
+
+def test_steps_after_a_prompt_of_embeddings_are_counted_on_for_every_beam(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stood = wrapped(0.5, seed=6, family="mamba"), []
+    draw = cdsurgery.head.allowed_rows
+    monkeypatch.setattr(cdsurgery.head, "allowed_rows", lambda *args: stood.append(args[-1].tolist()) or draw(*args))
+    prompt = model.get_input_embeddings()(IDS[:1, :9])
+    model.generate(inputs_embeds=prompt, max_new_tokens=3, num_beams=2, do_sample=False)
+    assert stood == [[[8], [8]], [[9], [9]], [[10], [10]]]
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@torch.no_grad()
+def test_a_step_of_ones_own_on_a_recurrent_state_is_told_its_position(family: str) -> None:
+    model, ids = wrapped(0.5, seed=6, family=family), IDS[:1, :12]
+    name = "state" if family == "rwkv" else "cache_params"
+    first = model(ids[:, :11], use_cache=True)
+    step = model(ids[:, 11:], use_cache=True, position_ids=torch.tensor([[11]]), **{name: first[name]})
+    full = model(ids, use_cache=family == "xlstm").selected_layer
+    assert torch.equal(torch.cat([first.selected_layer, step.selected_layer], dim=1), full)
