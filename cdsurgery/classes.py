@@ -27,7 +27,7 @@ def confident_class(plain: type[Any]) -> type[ConfidentHead]:
 @functools.cache
 def adapter_class(plain: type[Any]) -> type[ConfidentHead]:
     """The class of an adapter (PEFT) around a wrapped model: its forward is its own, the model inside selects."""
-    return _subclass(plain, {"forward": plain.forward})
+    return _subclass(plain, {"forward": plain.forward, "_apply": plain._apply})
 
 
 def plain_class(confident: type[ConfidentHead]) -> type[Any]:

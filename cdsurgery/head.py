@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,11 +22,12 @@ from cdsurgery.anatomy import Anatomy, candidate_logits, tail_logits
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.draw import allowed_rows, text_positions
 from cdsurgery.entropy import MEASURES
-from cdsurgery.errors import SurgeryError
+from cdsurgery.errors import SurgeryError, UnsupportedModelError
 from cdsurgery.joint_norm import JointNorm
 from cdsurgery.lazy import can_look, fewer_rows_pay, select_lazily
 from cdsurgery.one_pass import one_pass
 from cdsurgery.output import ConfidentOutput, confident_output
+from cdsurgery.proof import proven_anatomy
 from cdsurgery.shard import vocabulary_shard
 from cdsurgery.states import kept_rows
 from cdsurgery.taps import Taps
@@ -77,6 +79,36 @@ class ConfidentHead(nn.Module):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             del self._generating
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Where `to`, `half`, `float` and their like come through. A cast has the tail proven anew.
+
+        Raises:
+            SurgeryError: it cannot be, in this dtype. The model has been cast.
+        """
+        model: Any = self
+        before = model.dtype
+        super()._apply(*args, **kwargs)
+        if model.dtype != before:
+            self.anatomy = self._proven_again()
+        return self
+
+    def _proven_again(self) -> Anatomy:
+        """The anatomy as it is, or with other casts in its tail: in float32 nothing shows which a model makes."""
+        model, confident = cast(PreTrainedModel, self), self.confident
+        self.confident = replace(confident, probability=0.0)  # so that the forward is the model's own
+        try:
+            try:
+                return proven_anatomy(model, self.anatomy)
+            except UnsupportedModelError:
+                return proven_anatomy(model)
+        except UnsupportedModelError as error:
+            raise SurgeryError(
+                f"This {type(self).__name__} was cast to {model.dtype}, and cannot be proven in it: {error} Unwrap it "
+                "with cdsurgery.unwrap(model), or cast it back."
+            ) from error
+        finally:
+            self.confident = confident
 
     def _prepared_inputs(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the model's own `prepare_inputs_for_generation` returns, and where these tokens stand in their text.

@@ -1,0 +1,82 @@
+"""A model cast after it was wrapped: as one that was cast before, bit for bit, or an error that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model, token_ids, truth
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cdsurgery
+from cdsurgery import SurgeryError
+
+LOOKBACK = 3
+IDS = token_ids(3, 12)
+# All whose tails cast: what a model in float32 does not show.
+FAMILIES = ("beam", "falcon_mamba", "mamba", "mamba2", "mllama", "nemotron_h", "xlstm", "zaya")
+
+
+def assert_true(model: Any, plain: PreTrainedModel) -> None:
+    """The wrapped model gives what the plain one gives from the selected layers."""
+    true = truth(plain, LOOKBACK, input_ids=IDS, use_cache=plain.config.model_type == "xlstm")
+    with torch.no_grad():
+        out = model(input_ids=IDS)
+    assert out.logits.dtype == true.logits.dtype
+    assert torch.equal(out.final_logits, true.candidates[0])
+    assert torch.equal(out.logits, true.logits)
+    assert (out.selected_layer < len(model.anatomy.layers)).any()
+
+
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_a_cast_after_wrap_gives_what_a_cast_before_it_gives(family: str) -> None:
+    model = cdsurgery.wrap(tiny_model(family), lookback=LOOKBACK)
+    assert model.to(torch.bfloat16) is model
+    assert_true(model, tiny_model(family, torch.bfloat16))
+    assert_true(model.float(), tiny_model(family, torch.bfloat16).float())
+    assert_true(model.half(), tiny_model(family, torch.bfloat16).half())
+
+
+# peft 0.21 asks transformers 5.23 for gradient checkpointing by the name it had before.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapted_model_is_cast() -> None:
+    def adapted(model: PreTrainedModel) -> Any:
+        torch.manual_seed(1)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["in_proj"], init_lora_weights=False)
+        return get_peft_model(model, config).eval()
+
+    plain = adapted(tiny_model("mamba")).bfloat16().get_base_model()
+    assert_true(cdsurgery.wrap(adapted(tiny_model("mamba")), lookback=LOOKBACK).bfloat16(), plain)
+    assert_true(adapted(cdsurgery.wrap(tiny_model("mamba"), lookback=LOOKBACK)).bfloat16(), plain)
+
+
+@torch.no_grad()
+def test_a_cast_model_compiles_whole() -> None:
+    model = cdsurgery.wrap(tiny_model("mllama"), lookback=LOOKBACK).bfloat16()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+def test_no_proof_is_made_where_nothing_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    monkeypatch.setattr(cdsurgery.head, "proven_anatomy", None)  # a call would be an error
+    assert model.to("cpu").float() is model
+
+
+def test_a_dtype_in_which_a_model_cannot_be_proven_is_an_error() -> None:
+    model = cdsurgery.wrap(tiny_model("llama").bfloat16(), lookback=LOOKBACK)
+    with pytest.raises(SurgeryError, match=r"cast to torch\.float8_e5m2, and cannot be proven in it: .*Unwrap it"):
+        model.to(torch.float8_e5m2)
+    assert_true(model.float(), tiny_model("llama").bfloat16().to(torch.float8_e5m2).float())
+
+
+def test_casting_leaves_options_and_taps_as_they_were() -> None:
+    model = cdsurgery.wrap(tiny_model("mamba"), lookback=LOOKBACK, probability=0.5, seed=3)
+    confident, taps = model.confident, model._taps
+    model.bfloat16()
+    assert model.confident is confident and model._taps is taps
+    before: Tensor = model.backbone.embeddings.weight
+    assert cdsurgery.unwrap(model).backbone.embeddings.weight is before
