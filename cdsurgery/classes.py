@@ -21,13 +21,13 @@ def confident_class(plain: type[Any]) -> type[ConfidentHead]:
     if hasattr(plain, "prepare_inputs_for_generation"):  # it can generate
         prepare = plain.prepare_inputs_for_generation
         methods["prepare_inputs_for_generation"] = _signed(ConfidentHead._prepared_inputs, prepare)
-    return _subclass(plain, methods)
+    return _subclass(confident_class, plain, methods)
 
 
 @functools.cache
 def adapter_class(plain: type[Any]) -> type[ConfidentHead]:
     """The class of an adapter (PEFT) around a wrapped model: its forward is its own, the model inside selects."""
-    return _subclass(plain, {"forward": plain.forward, "_apply": plain._apply})
+    return _subclass(adapter_class, plain, {"forward": plain.forward, "_apply": plain._apply})
 
 
 def plain_class(confident: type[ConfidentHead]) -> type[Any]:
@@ -48,6 +48,19 @@ def _signed(ours: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., 
     return method
 
 
-def _subclass(plain: type[Any], methods: dict[str, Callable[..., Any]]) -> type[ConfidentHead]:
-    body = methods | {"__module__": plain.__module__, "__doc__": plain.__doc__}
+def _subclass(made_by: Callable[..., Any], plain: type[Any], methods: dict[str, Any]) -> type[ConfidentHead]:
+    """`plain` with `ConfidentHead` before it, and these methods."""
+
+    def reduced(self: ConfidentHead, protocol: int) -> tuple[Any, ...]:  # pickle would look for the class by its name
+        parts = cast(Any, plain).__reduce_ex__(self, protocol)
+        # FSDP derives a class of its own from ours.
+        return (_unpickled, (made_by, plain), *parts[2:]) if type(self) is made_by(plain) else parts
+
+    body = methods | {"__reduce_ex__": reduced, "__module__": plain.__module__, "__doc__": plain.__doc__}
     return cast(type[ConfidentHead], type(plain.__name__, (ConfidentHead, plain), body))
+
+
+def _unpickled(made_by: Callable[..., type[ConfidentHead]], plain: type[Any]) -> ConfidentHead:
+    """An object without a state, which pickle and copy give it then."""
+    confident = made_by(plain)
+    return confident.__new__(confident)

@@ -92,8 +92,8 @@ def fused_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> FusedUnembedd
 
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: a compiled step cannot look for modules
-_KINDS = {row.apply: row.name for row in TRANSFORMS}
 _LOGITS = ("scale", "scaling", "multiplier", "softcap", "unpadded")
+_KINDS = {row.apply: row.name for row in TRANSFORMS if row.name in (*_LOGITS, "in float32")}
 
 
 def _flaw(head: Any) -> str | None:

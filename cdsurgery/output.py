@@ -35,8 +35,18 @@ class ConfidentOutput(ModelOutput):
 def confident_output_class(plain: type[ModelOutput]) -> type[ConfidentOutput]:
     """A dataclass that is both a `ConfidentOutput` and a `plain`, with the plain fields first and in their order."""
     if plain not in _CLASSES:
-        _CLASSES[plain] = dataclass(type(f"Confident{plain.__name__}", (ConfidentOutput, plain), {}))
+
+        def reduced(self: ConfidentOutput) -> tuple[Any, ...]:  # pickle would look for the class by its name
+            _, values, *rest = plain.__reduce__(self)
+            return _unpickled, (plain, *values), *rest
+
+        body = {"__reduce__": reduced}
+        _CLASSES[plain] = dataclass(type(f"Confident{plain.__name__}", (ConfidentOutput, plain), body))
     return _CLASSES[plain]
+
+
+def _unpickled(plain: type[ModelOutput], *values: Any) -> ConfidentOutput:
+    return confident_output_class(plain)(*values)
 
 
 def confident_output(plain: Any, **confident: Any) -> ConfidentOutput:

@@ -7,6 +7,7 @@ Where in a model it stands is not said here; the search finds that, and the proo
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -69,6 +70,25 @@ def transformed(model: PreTrainedModel, rows: Sequence[Transform], state: Tensor
     return state
 
 
+# Each is found by its name, so that a wrapped model can be pickled.
+
+
+def _halved(x: Tensor, _: Any) -> Tensor:
+    return x / 2
+
+
+def _cut(z: Tensor, size: int) -> Tensor:
+    return z[..., :size]
+
+
+def _in_float32(z: Tensor, _: Any) -> Tensor:
+    return z.float()
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
 def _softcap(z: Tensor, cap: float) -> Tensor:
     return torch.tanh(z / cap) * cap
 
@@ -87,53 +107,25 @@ def _merge_streams(streams: Tensor, projections: Sequence[nn.Module]) -> Tensor:
 _MODELS = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models"
 
 TRANSFORMS = (
-    Transform("scale", "logit_scale", lambda z, value: z * value, f"{_MODELS}/cohere/modeling_cohere.py#L495"),
-    Transform("scaling", "logits_scaling", lambda z, value: z / value, f"{_MODELS}/granite/modeling_granite.py#L486"),
-    Transform(
-        "multiplier",
-        "logits_scaling",
-        lambda z, value: z * value,
-        f"{_MODELS}/hyperclovax/modeling_hyperclovax.py#L493",
-    ),
-    Transform(
-        "multiplier",
-        "lm_head_multiplier",
-        lambda z, value: z * value,
-        f"{_MODELS}/falcon_h1/modeling_falcon_h1.py#L1170",
-    ),
-    Transform(
-        "width",
-        "logits_mup_width_multiplier",
-        lambda x, value: x / value,
-        f"{_MODELS}/inkling/modeling_inkling.py#L805",
-    ),
-    Transform(
-        "unpadded",
-        "unpadded_vocab_size",
-        lambda z, value: z[..., :value],
-        f"{_MODELS}/inkling/modeling_inkling.py#L810",
-    ),
+    Transform("scale", "logit_scale", operator.mul, f"{_MODELS}/cohere/modeling_cohere.py#L495"),
+    Transform("scaling", "logits_scaling", operator.truediv, f"{_MODELS}/granite/modeling_granite.py#L486"),
+    Transform("multiplier", "logits_scaling", operator.mul, f"{_MODELS}/hyperclovax/modeling_hyperclovax.py#L493"),
+    Transform("multiplier", "lm_head_multiplier", operator.mul, f"{_MODELS}/falcon_h1/modeling_falcon_h1.py#L1170"),
+    Transform("width", "logits_mup_width_multiplier", operator.truediv, f"{_MODELS}/inkling/modeling_inkling.py#L805"),
+    Transform("unpadded", "unpadded_vocab_size", _cut, f"{_MODELS}/inkling/modeling_inkling.py#L810"),
     Transform("softcap", "final_logit_softcapping", _softcap, f"{_MODELS}/gemma2/modeling_gemma2.py#L518-L521"),
     Transform(
         "softcap", "logits_soft_cap", _softcap, f"{_MODELS}/recurrent_gemma/modeling_recurrent_gemma.py#L745-L746"
     ),
+    Transform("softcap", "output_logit_soft_cap", _softcap, f"{_MODELS}/xlstm/modeling_xlstm.py#L1573"),
     Transform(
-        "softcap",
-        "output_logit_soft_cap",
-        lambda z, cap: cap * torch.tanh(z / cap),
-        f"{_MODELS}/xlstm/modeling_xlstm.py#L1573",
+        "streams", "altup_unembed_projections", _merge_streams, f"{_MODELS}/gemma3n/modeling_gemma3n.py#L1728-L1742"
     ),
+    Transform("halving", "rescale_every", _halved, f"{_MODELS}/rwkv/modeling_rwkv.py#L587-L592"),
     Transform(
-        "streams",
-        "altup_unembed_projections",
-        _merge_streams,
-        f"{_MODELS}/gemma3n/modeling_gemma3n.py#L1728-L1742",
-    ),
-    Transform("halving", "rescale_every", lambda x, _: x / 2, f"{_MODELS}/rwkv/modeling_rwkv.py#L587-L592"),
-    Transform(
-        "in float32", "dtype", lambda z, _: z.float(), f"{_MODELS}/mamba/modeling_mamba.py#L789"
+        "in float32", "dtype", _in_float32, f"{_MODELS}/mamba/modeling_mamba.py#L789"
     ),  # logits of a half-precision model
     Transform(
-        "in the model's dtype", "dtype", lambda x, dtype: x.to(dtype), f"{_MODELS}/mamba/modeling_mamba.py#L789"
+        "in the model's dtype", "dtype", _in_dtype, f"{_MODELS}/mamba/modeling_mamba.py#L789"
     ),  # a residual stream that is kept in float32
 )
