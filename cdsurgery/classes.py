@@ -51,13 +51,16 @@ def _signed(ours: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., 
 def _subclass(made_by: Callable[..., Any], plain: type[Any], methods: dict[str, Any]) -> type[ConfidentHead]:
     """`plain` with `ConfidentHead` before it, and these methods."""
 
+    def new(cls: type[Any], *args: Any, **kwargs: Any) -> Any:  # only wrap makes wrapped ones: from_pretrained, plain
+        return plain(*args, **kwargs) if args or kwargs else cast(Any, plain).__new__(cls)
+
     def reduced(self: ConfidentHead, protocol: int) -> tuple[Any, ...]:  # pickle would look for the class by its name
         parts = cast(Any, plain).__reduce_ex__(self, protocol)
         # FSDP derives a class of its own from ours.
         return (_unpickled, (made_by, plain), *parts[2:]) if type(self) is made_by(plain) else parts
 
-    body = methods | {"__reduce_ex__": reduced, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return cast(type[ConfidentHead], type(plain.__name__, (ConfidentHead, plain), body))
+    special = {"__new__": new, "__reduce_ex__": reduced, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return cast(type[ConfidentHead], type(plain.__name__, (ConfidentHead, plain), methods | special))
 
 
 def _unpickled(made_by: Callable[..., type[ConfidentHead]], plain: type[Any]) -> ConfidentHead:
