@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,8 @@ def open_(model: Any, anatomy: Anatomy) -> JointNorm | None:
     """
     fused_unembedding(model, anatomy)
     model.get_submodule(anatomy.unembedding).__class__ = OpenLinear
-    before = anatomy.before_unembedding
-    if len(before) == 1 and isinstance(before[0], str) and anatomy.batch_axis == 0:
-        return JointNorm(model.get_submodule(before[0]))
-    return None
+    norm = _lone_norm(anatomy)
+    return None if norm is None else JointNorm(model.get_submodule(norm))
 
 
 def close_(model: Any, anatomy: Anatomy, norm: JointNorm | None) -> None:
@@ -116,6 +114,8 @@ class OnePass:
         """
         first, self._joined = self._states[0], 0
         if torch.is_grad_enabled() or self._incomplete() or (own.shape, own.dtype) != (first.shape, first.dtype):
+            return None
+        if _lone_norm(self._tail.anatomy) is None:  # a cast of the model has shown that there is more
             return None
         # A CPU hardly ever comes to later readings.
         self._joined = self._plan(own.device, own.shape[:-1].numel())[0] if _looks(own) else len(self._states)
@@ -220,6 +220,13 @@ class OnePass:
         inputs = self._inputs(reached, reached + layers).to(going.order.device)[:, going.order].movedim(0, 1)
         written = layers * len(going.order) if self._reading.keeps_all else 0
         return Reading(self._tail, inputs, written, going.active * layers)
+
+
+def _lone_norm(anatomy: Anatomy) -> str | None:
+    """The path of the final norm where that alone stands before the unembedding, and takes rows by their first axis."""
+    before = anatomy.before_unembedding
+    alone = len(before) == 1 and isinstance(before[0], str) and anatomy.batch_axis == 0
+    return cast(str, before[0]) if alone else None
 
 
 def _looks(tensor: Tensor) -> bool:

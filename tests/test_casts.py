@@ -40,6 +40,17 @@ def test_a_cast_after_wrap_gives_what_a_cast_before_it_gives(family: str) -> Non
     assert_true(model.half(), tiny_model(family, torch.bfloat16).half())
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba", "zaya"])
+@torch.no_grad()
+def test_a_fused_scan_is_cast_too(family: str) -> None:
+    """The casts of mamba's tail and zaya's show only then, so that their norms are no longer alone in it."""
+    later, before = (tiny_model(family, dtype) for dtype in (torch.float32, torch.bfloat16))
+    found = cdsurgery.wrap(later, lookback=LOOKBACK, scan="fused").bfloat16()(IDS)
+    true = cdsurgery.wrap(before, lookback=LOOKBACK, scan="fused")(IDS)
+    for name in ("final_logits", "logits", "entropy", "selected_layer"):
+        assert torch.equal(found[name], true[name]), name
+
+
 # peft 0.21 asks transformers 5.23 for gradient checkpointing by the name it had before.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapted_model_is_cast() -> None:
