@@ -31,12 +31,11 @@ class Schedule:
         self._entropies: dict[torch.Size, Tensor] = {}
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """`[M, B, T, V]` -> `[M, B, T]` in one call, or `[B, T, V]` and then `[R, V]` for each candidate in turn."""
+        """`[B, T, V]`, then `[K, B, T, V]` of all candidates before, or `[R, V]` of each in turn -> without V."""
         measured = _entropy(logits)
         if measured.ndim == 3:
-            rows = self._moving(measured[0])
             scheduled = torch.full_like(measured, 2.0)
-            scheduled[0], scheduled[1] = 1.0, torch.where(rows, 0.5, 2.0)
+            scheduled[0] = torch.where(self._moving(measured[0]), 0.5, 2.0)
             return scheduled
         if measured.ndim == 2:
             self.calls = 0

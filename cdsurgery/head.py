@@ -31,7 +31,7 @@ from cdsurgery.proof import proven_anatomy
 from cdsurgery.shard import vocabulary_shard
 from cdsurgery.states import kept_rows
 from cdsurgery.taps import Taps
-from cdsurgery.trough import select
+from cdsurgery.trough import select_beside
 from cdsurgery.unembedding import few_rows_unembedding
 
 
@@ -183,9 +183,8 @@ class ConfidentHead(nn.Module):
 
             logits, depth, entropy = select_lazily(final, project, len(states), measure, allowed)
         else:
-            earlier = candidate_logits(model, anatomy, states, shard)
-            candidates = torch.cat([final[None], earlier.to(final.device)])
-            logits, depth, entropy = select(candidates, measure, allowed)
+            earlier = candidate_logits(model, anatomy, states, shard).to(final.device)
+            logits, depth, entropy = select_beside(final, earlier, measure, allowed)
         return logits if shard is None else shard.whole(logits), depth, entropy
 
     def _is_lazy(self, final: Tensor, sparing: bool) -> bool:

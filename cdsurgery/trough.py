@@ -72,3 +72,23 @@ def select(candidates: Tensor, measure: Measure, allowed: Tensor | None = None) 
     entropy = measure(candidates.detach()).movedim(0, -1)
     depth = allowed_depth(entropy, allowed)
     return pick(candidates, depth), depth, entropy
+
+
+def select_beside(
+    final: Tensor, earlier: Tensor, measure: Measure, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select` where the final logits are not one tensor with the others, and are not made one: those may be gigabytes.
+
+    Args:
+        final: `[B, T, V]` logits of layer L.
+        earlier: `[K, B, T, V]` logits; index k belongs to layer L-k-1.
+        measure, allowed: as of `select`.
+
+    Returns:
+        As `select`.
+    """
+    measured = [measure(final.detach())[None], measure(earlier.detach())]
+    entropy = torch.cat(measured).movedim(0, -1)
+    depth = allowed_depth(entropy, allowed)
+    chosen = pick(earlier, (depth - 1).clamp(min=0))
+    return torch.where((depth > 0)[..., None], chosen, final), depth, entropy

@@ -83,8 +83,12 @@ def case(family: str, dtype: torch.dtype = torch.float32) -> Case:
     model = cdsurgery.wrap(tiny_model(family, dtype), lookback=LOOKBACK)
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        select = cdsurgery.head.select
-        patch.setattr(cdsurgery.head, "select", lambda z, *rest: seen.append(z) or select(z, *rest))
+        select = cdsurgery.head.select_beside
+        patch.setattr(
+            cdsurgery.head,
+            "select_beside",
+            lambda z, earlier, *rest: (seen.append(torch.cat([z[None], earlier])), select(z, earlier, *rest))[1],
+        )
         out = model(IDS)
     (candidates,) = seen
     return Case(family, model, out, candidates, true)

@@ -79,6 +79,16 @@ def test_only_the_kept_rows_of_the_candidates_are_normed_and_projected(keep: Any
 
 
 @torch.no_grad()
+def test_all_rows_of_a_text_take_the_logits_of_their_candidates_once() -> None:
+    model, ids = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan="full"), token_ids(32, 128)
+    with Peak(model.parameters()) as measured:
+        model(ids, use_cache=False)
+    one = ids.numel() * VOCABULARY * 4
+    # K candidates, the final and the selected logits, and what is picked; and some states, a quarter of that each.
+    assert (LOOKBACK + 2) * one < measured.bytes < (LOOKBACK + 6) * one
+
+
+@torch.no_grad()
 def test_nothing_is_held_once_the_forward_has_returned() -> None:
     model = wrap_deep(tiny_model("llama"))
     states: list[StorageWeakRef] = []

@@ -51,8 +51,12 @@ def case(family: str, dtype: torch.dtype) -> Case:
     seen: list[Tensor] = []
     wrapped = cdsurgery.wrap(tiny_model(family, dtype), lookback=LOOKBACK)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        select = cdsurgery.head.select
-        patch.setattr(cdsurgery.head, "select", lambda z, *rest: seen.append(z) or select(z, *rest))
+        select = cdsurgery.head.select_beside
+        patch.setattr(
+            cdsurgery.head,
+            "select_beside",
+            lambda z, earlier, *rest: (seen.append(torch.cat([z[None], earlier])), select(z, earlier, *rest))[1],
+        )
         out = wrapped(IDS)
     (candidates,) = seen
     return Case(out, candidates, true)

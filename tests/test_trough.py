@@ -12,7 +12,7 @@ from support import static_graph
 from torch import Tensor
 
 from cdsurgery.entropy import MEASURES, Measure, entropy
-from cdsurgery.trough import pick, select, trough_depth
+from cdsurgery.trough import pick, select, select_beside, trough_depth
 
 NAN, INF = float("nan"), float("inf")
 
@@ -175,6 +175,22 @@ def test_a_row_chooses_the_same_alone_as_among_others_even_broken_ones() -> None
             alone = select(candidates[:, b : b + 1, t : t + 1], entropy, allowed[b : b + 1, t : t + 1])
             for one, all_rows in zip(alone, together, strict=True):
                 assert torch.equal(one[0, 0].nan_to_num(), all_rows[b, t].nan_to_num())
+
+
+def test_final_logits_that_lie_elsewhere_make_no_difference() -> None:
+    candidates = wandering(4, 5)
+    candidates[2, 1, 1, 7], candidates[0, 2, 2, 3], candidates[1, 0, 0] = NAN, NAN, INF
+    for allowed in (None, torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) < 0.7):
+        apart = select_beside(candidates[0], candidates[1:], entropy, allowed)
+        for one, other in zip(apart, select(candidates, entropy, allowed), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    final, earlier = (part.clone().requires_grad_() for part in (candidates[3], candidates[4:]))
+    logits, depth, _ = select_beside(final, earlier, entropy)
+    gradients = torch.autograd.grad(logits.sum(), (final, earlier))
+    assert depth.min() == 0 < depth.max()
+    for back in range(4):
+        expected = (depth == back)[..., None].expand_as(final).float()
+        assert torch.equal(torch.cat([gradients[0][None], gradients[1]])[back], expected)
 
 
 def test_gradients_reach_the_selected_logits_only_and_entropies_carry_none() -> None:
