@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from artifacts import wrapped
+from engines import RTX, TARGETS, needs_rtx
 from families import mostly, tiny_model, token_ids
 from torch._dynamo import trace_rules
 
@@ -62,6 +63,13 @@ def test_it_selects_what_the_model_does_and_leaves_out_only_what_the_scan_did_no
         torch.testing.assert_close(out.entropy[measured], truth.entropy[measured], **tolerance)
         moved += depth > 0
     assert 0 < moved < 24
+
+
+@needs_rtx
+def test_tensorrt_takes_its_branch_for_a_conditional(lazy: tuple[ConfidentHead, Path], tmp_path: Path) -> None:
+    _, folder = lazy
+    built = export.to_tensorrt(folder, tmp_path / "engine", package=RTX, targets=TARGETS)
+    assert (built / "model.engine").stat().st_size > 0
 
 
 def test_the_branch_runs_only_when_a_row_descends(lazy: tuple[ConfidentHead, Path], tmp_path: Path) -> None:
