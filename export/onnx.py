@@ -16,7 +16,6 @@ from typing import Any
 
 import onnx_ir
 import torch
-from torch._dynamo import trace_rules
 from torch.export import Dim
 from transformers import PreTrainedTokenizerBase
 from transformers.exporters.configs import OnnxConfig
@@ -65,9 +64,9 @@ def to_onnx(
             log-probabilities `[B, S]` of given targets, with the logits of no more than one candidate in memory.
         target: "portable" for standard operators, "cpu" or "cuda" for those of that provider of ONNX Runtime.
         upcast: keep half-precision weights and compute in float32, as ONNX Runtime's CPU needs it for bfloat16.
-        scan: "static" projects all candidates at once, for any runtime; "lazy" those before layer L-1 only where a row
-            gets that far, for a runtime that computes the branch of an If when it is taken, as ONNX Runtime does. The
-            other entropies are NaN then.
+        scan: "static" projects all candidates at once, for any runtime; "lazy" those before layer L-1 for the rows that
+            get that far, for a runtime that takes tensors of any number of rows, none among them, as ONNX Runtime does.
+            The other entropies are NaN then.
         quantization: "int4" (weights) or "int8" (weights and activations) quantises the matrices; None leaves them.
         quantize_head: whether the unembedding, and with it a tied embedding, is among them.
         parity: run the artifact against the model before it appears. False is for graphs that cannot run here, such
@@ -88,10 +87,6 @@ def to_onnx(
         raise InvalidInputError(
             "quantize_head is False and quantization None: nothing is quantised. Leave quantize_head out, or ask for "
             "quantization='int4' or 'int8'."
-        )
-    if scan == "lazy" and quantization is not None:
-        raise InvalidInputError(
-            "scan='lazy' keeps its head in float, so quantization must be None; scan='static' can be quantised."
         )
     providers = providers_for(model, options) if parity else []
     computing = computing_model(model, options)
@@ -143,12 +138,6 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     # The form of experts without a histogram of tokens: it is what fuses into ONNX Runtime's MoE operator, and TensorRT
     # has no ScatterElements that adds.
     experts = use_experts_implementation(model, "batched_mm")
-    # The exporter puts functions of its own in the place of torch.where, torch.chunk and others. Dynamo, which traces
-    # branches, must draw up its table of torch's functions now: if it did so meanwhile, it would not know the real ones
-    # any more, neither in the branch nor in whatever this process compiles later.
-    known = trace_rules.get_torch_obj_rule_map
-    known.cache_clear()
-    known()
     with at_rest(model), DecoderGraph(model, signature, options) as graph, tracing, experts, quiet():
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)

@@ -26,8 +26,8 @@ class GraphOptions:
         target: "portable" for standard operators only, which any runtime has; "cpu" or "cuda" for those of that
             provider of ONNX Runtime.
         upcast: keep the weights in the model's half precision, and compute in float32.
-        scan: "static" projects all candidates of every row in one pass, and has no control flow; "lazy" projects the
-            two last layers' first, and the others where some row descends (an ONNX If).
+        scan: "static" projects all candidates of every row in one pass, and its shapes go by no value; "lazy" projects
+            the two last layers' first, and the others of the rows that descend (an ONNX NonZero).
     """
 
     positions: Positions = "last"

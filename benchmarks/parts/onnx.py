@@ -1,4 +1,4 @@
-"""Decode steps in ONNX Runtime: the graph without candidates, with all of them, and with a branch."""
+"""Decode steps in ONNX Runtime: the graph without candidates, with all of them, and with those that rows come to."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lazy",
         action="store_true",
-        help="project layers before the last two only where a row gets that far: for runtimes that compute a branch of "
-        "an If when it is taken, as ONNX Runtime does",
+        help="project layers before the last two only for the rows that get that far: for runtimes that take tensors of "
+        "any number of rows, as ONNX Runtime does",
     )
     parser.add_argument(
         "--no-parity",

@@ -102,26 +102,19 @@ class DecoderGraph(nn.Module):
         return logits, candidates[0], len(model.anatomy.layers) - depth, entropy
 
     def _lazy_selection(self, states: list[Tensor], allowed: Tensor | None) -> tuple[Tensor, ...]:
-        """The same, from the two last layers where no row descends any further; NaN for what was not measured."""
+        """The same, from two layers, and of the rows that go on from the others; NaN for what was not measured."""
         model, measure = self.model, MEASURES[self.model.confident.measure]
         nearest = tail_logits(model, model.anatomy, torch.stack(states[:2]))
         logits, depth, entropy = select(nearest, measure, allowed)
-        unmeasured = torch.full_like(entropy[..., :1], torch.nan).repeat(1, 1, len(states) - 2)
-
-        def deeper(
-            states: Tensor, nearest: Tensor, entropy: Tensor, logits: Tensor, depth: Tensor
-        ) -> tuple[Tensor, ...]:
-            candidates = torch.cat([nearest, tail_logits(model, model.anatomy, states)])
-            # torch.cond wants the same strides from both branches.
-            return tuple(result.contiguous() for result in select(candidates, measure, allowed))
-
-        def shallow(
-            states: Tensor, nearest: Tensor, entropy: Tensor, logits: Tensor, depth: Tensor
-        ) -> tuple[Tensor, ...]:
-            return logits.clone(), depth.clone(), torch.cat([entropy, unmeasured], dim=-1)
-
-        operands = (torch.stack(states[2:]), nearest, entropy, logits, depth)
-        logits, depth, entropy = torch.cond((depth > 0).any(), deeper, shallow, operands)
+        going = batch, position = (depth > 0).nonzero().unbind(-1)  # of R rows, often of none
+        further = tail_logits(model, model.anatomy, torch.stack(states[2:])[:, batch, position])
+        measured = measure(further).movedim(0, -1)
+        back = trough_depth(torch.cat([entropy[going], measured], dim=-1))
+        candidates = torch.cat([nearest[1][going][None], further])
+        chosen = candidates[back - 1, torch.arange(back.shape[0])]
+        unmeasured = torch.full((*depth.shape, len(states) - 2), torch.nan)
+        entropy = torch.cat([entropy, unmeasured.index_put(going, measured)], dim=-1)
+        logits, depth = logits.index_put(going, chosen), depth.index_put(going, back)
         return logits, nearest[0], len(model.anatomy.layers) - depth, entropy
 
     def _scores(self, states: list[Tensor], targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:

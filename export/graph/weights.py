@@ -49,7 +49,7 @@ def multiply_in_place(graph: onnx_ir.Model) -> None:
         last = tape.initializer(onnx_ir.tensor([width], name=f"{node.name}.width"))
         rows = tape.op("Gemm", [tape.op("Reshape", [state, as_rows]), weight], {"transB": 1})
         shape = tape.op("Concat", [tape.op("Shape", [state], {"end": -1}), last], {"axis": 0})
-        replace_node(graph.graph, node, tape, tape.op("Reshape", [rows, shape]))
+        replace_node(graph.graph, node, tape, tape.op("Reshape", [rows, shape], {"allowzero": 1}))
     RemoveUnusedNodesPass()(graph)
 
 
@@ -70,7 +70,7 @@ def array(weight: onnx_ir.Value) -> np.ndarray[Any, Any]:
 def replace_node(graph: onnx_ir.Graph, node: onnx_ir.Node, tape: Tape, result: onnx_ir.Value) -> None:
     """Put what a tape recorded in the place of a node with one output, which `result` becomes, under the same name.
 
-    The node may stand in a branch; the tape's initializers go into the `graph` around it, which branches read from.
+    The node may stand in the body of a Scan; the tape's initializers go into the `graph` around it, which bodies read.
     """
     place = node.graph
     assert isinstance(place, onnx_ir.Graph)
