@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lazy",
         action="store_true",
-        help="project layers before the last two only for the rows that get that far: for runtimes that take tensors of "
+        help="project layers before the last two for rows that get that far alone: for runtimes that take tensors of "
         "any number of rows, as ONNX Runtime does",
     )
     parser.add_argument(
