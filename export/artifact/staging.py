@@ -61,6 +61,13 @@ def workplace(target: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def copy_file(source: Path, folder: Path, name: str) -> None:
+    """Copy a file of one folder to the same place in another; the name may lead through folders, with "/"."""
+    place = folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / name, place)
+
+
 def _failure(target: str | os.PathLike[str], parent: Path, error: Exception) -> str:
     said = f"{target} could not be written, and nothing of it was kept: {error}."
     if _number(error) not in _FULL and not _NUMPY.search(str(error)):

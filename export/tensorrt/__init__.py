@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import Manifest, check_files, describe_files, read_manifest
-from cdsurgery.export.artifact.staging import staged_folder
+from cdsurgery.export.artifact.staging import copy_file, staged_folder
 from cdsurgery.export.tensorrt.head import head_to_tensorrt as head_to_tensorrt
 from cdsurgery.export.tensorrt.log import Progress
 from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
@@ -94,8 +93,7 @@ def to_tensorrt(
         write_engine(aside, trt, source / GRAPH_FILE, manifest.signature, profiles, options, hashes, cache, progress)
         for name in manifest.files:
             if name not in _ONNX_ONLY:
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, aside / name)
+                copy_file(source, aside, name)
         changed = {"files": describe_files(aside), "parity": None, "not_for": {}}
         Manifest(**(vars(manifest) | changed)).write(aside)
     return Path(folder)

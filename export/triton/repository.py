@@ -22,7 +22,7 @@ from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import NAME as MANIFEST
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
-from cdsurgery.export.artifact.staging import workplace
+from cdsurgery.export.artifact.staging import copy_file, workplace
 from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
 from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config, unary_config
 from cdsurgery.export.triton.options import ServingOptions
@@ -148,9 +148,7 @@ def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest,
     (version / ARTIFACT).mkdir()
     for entry in sorted([*manifest.files, MANIFEST]):
         if not (options.bls and entry in graph):
-            place = version / ARTIFACT / entry
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / entry, place)
+            copy_file(source, version / ARTIFACT, entry)
     copied = {
         path.relative_to(version).as_posix(): {"sha256": serving.sha256(path), "size": path.stat().st_size}
         for path in sorted((version / ARTIFACT).rglob("*"))
@@ -196,7 +194,7 @@ def _write_step_model(
         return
     for entry in sorted(manifest.files):
         if entry == GRAPH_FILE or not entry.endswith((".json", ".jinja", ".txt", ".model")):
-            shutil.copyfile(source / entry, version / entry)
+            copy_file(source, version, entry)
 
 
 def _check_ours(place: Path, kind: str) -> None:
