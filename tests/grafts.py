@@ -6,6 +6,7 @@ import atexit
 import functools
 import io
 import logging
+import shutil
 import tempfile
 import warnings
 from contextlib import redirect_stdout
@@ -16,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
+import pytest
 import torch
 from foreign_files import FOLDER, GENAI, OPTIMUM, VOCABULARY, tiny_model
 from torch import Tensor
@@ -61,6 +63,19 @@ decoder.trace_head = _trace_once  # type: ignore[assignment]
 def foreign(name: str) -> Path:
     """The ONNX file of another exporter, with its configuration beside it."""
     return FOLDER / name / "model.onnx" if not name.startswith("transformers") else _by_transformers(MODELS[name])
+
+
+def copied(name: str, place: Path) -> Path:
+    """The same file with what lies beside it, in a folder that a test may change."""
+    return Path(shutil.copytree(foreign(name).parent, place / name)) / "model.onnx"
+
+
+def refused(path: Path, error: type[Exception], message: str, **options: Any) -> None:
+    """Grafting it raises, and the folder that was to be made is not there, nor anything beside it that was not."""
+    before = sorted(path.parent.parent.rglob("*"))
+    with pytest.raises(error, match=message):
+        export.graft(path, path.parent.parent / "artifact", **options)
+    assert sorted(path.parent.parent.rglob("*")) == before
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What cannot be grafted or proven is refused with what was found, and nothing is left behind."""
+"""A graph that cannot be grafted or proven is refused with what was found, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 from command_line import exit_code
-from grafts import foreign, grafted
+from grafts import copied, grafted, refused
 from onnx import TensorProto, helper
 
-from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError, export
+from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError
 from cdsurgery.export.graft import decoder, tail
 from cdsurgery.export.graft.tail import Tail
 
@@ -25,20 +25,7 @@ FINAL_STATE = "/model/layers.3/Add_1_output_0"
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(foreign("optimum-llama").parent, tmp_path / "theirs" / "llama")) / "model.onnx"
-
-
-@pytest.fixture
-def external(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(foreign("genai-llama").parent, tmp_path / "theirs" / "external")) / "model.onnx"
-
-
-def refused(path: Path, error: type[Exception], message: str, **options: Any) -> None:
-    """It raises, and the folder that was to be made is not there, nor anything beside it that was not."""
-    before = sorted(path.parent.parent.rglob("*"))
-    with pytest.raises(error, match=message):
-        export.graft(path, path.parent.parent / "artifact", **options)
-    assert sorted(path.parent.parent.rglob("*")) == before
+    return copied("optimum-llama", tmp_path / "theirs")
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> Path:
@@ -157,27 +144,6 @@ def test_a_grafted_file_is_refused(tmp_path: Path) -> None:
     refused(Path(folder) / "model.onnx", UnsupportedModelError, "selects layers already")
 
 
-def test_layers_that_the_configuration_does_not_know_are_refused(theirs: Path) -> None:
-    config = json.loads((theirs.parent / "config.json").read_text())
-    (theirs.parent / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
-    refused(theirs, UnsupportedModelError, "4 layers that read the cache .* num_hidden_layers=5")
-
-
-def test_a_file_without_or_with_a_broken_configuration_is_refused(theirs: Path) -> None:
-    (theirs.parent / "config.json").write_text("{")
-    refused(theirs, InvalidInputError, r"config\.json cannot be used")
-    (theirs.parent / "config.json").unlink()
-    refused(theirs, InvalidInputError, r"neither config\.json nor genai_config\.json")
-    (theirs.parent / "genai_config.json").write_text('{"model": {"type": "llama"}}')
-    refused(theirs, InvalidInputError, "KeyError: 'decoder'")
-
-
-def test_a_configuration_without_what_the_graph_does_not_show_is_refused(theirs: Path) -> None:
-    bloom = {"model_type": "bloom", "n_layer": 4, "n_head": 2, "hidden_size": 32, "vocab_size": 96}
-    (theirs.parent / "config.json").write_text(json.dumps(bloom))
-    refused(theirs, InvalidInputError, r"bloom names no max_position_embeddings.*Add it to config\.json")
-
-
 def test_a_graph_that_does_not_run_is_refused(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut along an axis that the graph does not show is found when the copies of the tail run."""
     monkeypatch.setattr(tail, "_wrong_move", lambda *_: None)
@@ -208,34 +174,6 @@ def test_options_out_of_range_are_refused(theirs: Path) -> None:
 def test_an_existing_folder_is_refused_and_left_alone(theirs: Path) -> None:
     (theirs.parent.parent / "artifact").mkdir()
     refused(theirs, ArtifactError, "exists already")
-
-
-def test_weights_that_are_not_whole_beside_the_model_are_refused(external: Path) -> None:
-    data = external.parent / "model.onnx.data"
-    whole = data.read_bytes()
-    data.write_bytes(whole[:-100])
-    refused(external, ArtifactError, "is truncated or of another model")
-    data.unlink()
-    refused(external, ArtifactError, "does not exist. Put the model's weights beside it")
-    (external.parent.parent / "elsewhere").write_bytes(whole)
-    data.symlink_to(external.parent.parent / "elsewhere")
-    refused(external, ArtifactError, "is a link")
-    data.unlink()
-    data.hardlink_to(external.parent.parent / "elsewhere")
-    refused(external, ArtifactError, "is a link")
-
-
-@pytest.mark.parametrize("location", ["../elsewhere", "{folder}/elsewhere", "sub/../../elsewhere"])
-def test_weights_out_of_the_folder_are_refused(external: Path, location: str) -> None:
-    folder = external.parent.parent
-    shutil.copy(external.parent / "model.onnx.data", folder / "elsewhere")
-    model = onnx.load(external, load_external_data=False)
-    for weight in model.graph.initializer:
-        for entry in weight.external_data:
-            if entry.key == "location":
-                entry.value = location.format(folder=folder)
-    external.write_bytes(model.SerializeToString())
-    refused(external, ArtifactError, "only in files beside the model")
 
 
 def test_a_copy_of_the_tail_that_differs_is_not_kept(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
