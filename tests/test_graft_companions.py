@@ -9,8 +9,11 @@ from pathlib import Path
 import onnx
 import pytest
 from grafts import copied, foreign, grafted, refused
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError
+from cdsurgery.export.graft.companions import read_config, write_companions
 
 
 @pytest.fixture
@@ -30,6 +33,16 @@ def test_configurations_come_along() -> None:
     assert json.loads((grafted("genai-llama") / "config.json").read_text())["hidden_size"] == 32
     ours, theirs = (folder / "config.json" for folder in (grafted("optimum-gpt2"), foreign("optimum-gpt2").parent))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_all_chat_templates_of_a_tokenizer_come_along(theirs: Path, tmp_path: Path) -> None:
+    """transformers writes one beside the tokenizer, and the others into a folder."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(theirs.parent)
+    (tmp_path / "artifact").mkdir()
+    write_companions(theirs, tmp_path / "artifact", read_config(theirs))
+    assert AutoTokenizer.from_pretrained(tmp_path / "artifact").chat_template == tokenizer.chat_template
 
 
 def test_layers_that_the_configuration_does_not_know_are_refused(theirs: Path) -> None:

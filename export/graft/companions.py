@@ -7,15 +7,16 @@ the two is needed: it names the number of layers, which the graph must agree wit
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
+from cdsurgery.export.artifact.staging import copy_file
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 _COPIED = (
@@ -104,9 +105,10 @@ def write_companions(model: Path, folder: Path, config: PreTrainedConfig) -> Non
         folder: the artifact.
         config: from `read_config`.
     """
-    for name in _COPIED:
+    templates = (model.parent / CHAT_TEMPLATE_DIR).glob("*.jinja")
+    for name in (*_COPIED, *(f"{CHAT_TEMPLATE_DIR}/{template.name}" for template in templates)):
         if (model.parent / name).is_file():
-            shutil.copyfile(model.parent / name, folder / name)
+            copy_file(model.parent, folder, name)
     if not (folder / CONFIG).exists():
         config.save_pretrained(folder)
     if not (folder / GENERATION).exists():
