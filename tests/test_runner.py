@@ -12,13 +12,14 @@ from artifacts import artifact, wrapped
 from families import token_ids
 from hybrids import client
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import AutoTokenizer, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from cdsurgery import ConfidentOutput, InvalidInputError, export
 from cdsurgery.export import OnnxRunner
 
 NEW = 24
+TINY_LM = Path(__file__).resolve().parent.parent / "examples" / "tiny_lm"
 TOKENS = {"input_ids": torch.ones(1, 3, dtype=torch.int64)}
 
 
@@ -146,6 +147,15 @@ def test_a_streamer_sees_every_token_once_and_in_order(runner: OnnxRunner) -> No
     found = runner.generate(ids, max_new_tokens=NEW, do_sample=False, streamer=collector)
     assert collector.tokens == found[0].tolist()
     assert collector.ended
+
+
+def test_generate_stops_at_a_string(runner: OnnxRunner) -> None:
+    """`generate` passes the tokenizer of its stop strings on to the model."""
+    tokenizer, ids = AutoTokenizer.from_pretrained(TINY_LM), token_ids(1, 4)
+    whole = runner.generate(ids, max_new_tokens=8, do_sample=False)
+    stop = tokenizer.decode(whole[0, 6])
+    found = runner.generate(ids, max_new_tokens=8, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(found, whole[:, :7])
 
 
 def test_a_chunked_prompt_gives_what_the_whole_prompt_gives(runner: OnnxRunner) -> None:

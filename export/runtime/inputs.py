@@ -6,7 +6,7 @@ vocabulary, a mask of 2 is a mask of 1 to some graphs and not to others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from cdsurgery.errors import InvalidInputError
 
 INTEGERS = (torch.int64, torch.int32)
+# What `generate` passes on to every model: the tokenizer is the one that it cut its stop strings with.
+PASSED_ON = ("use_cache", "return_dict", "tokenizer")
 
 
 def decoder_inputs(
@@ -56,15 +58,14 @@ def decoder_inputs(
     return {name: tensor.long() for name, tensor in inputs.items()}
 
 
-def check_options(options: Mapping[str, Any], ignored: Sequence[str] = ("use_cache", "return_dict")) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Refuse every further argument that asks for something: what is None or False asks for nothing.
 
     Args:
         options: what was passed beside the inputs.
-        ignored: what `generate` always passes.
     """
     asked = [name for name, value in options.items() if value is not None and value is not False]
-    if unknown := [name for name in asked if name not in ignored]:
+    if unknown := [name for name in asked if name not in PASSED_ON]:
         raise InvalidInputError(
             f"An artifact does not take {', '.join(unknown)}. It takes input_ids, attention_mask, position_ids and "
             "past_key_values, and returns what it was exported with."

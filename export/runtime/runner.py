@@ -149,8 +149,8 @@ class Runner(GenerationMixin):
             past_key_values: what an earlier run returned; None or empty to begin. This run updates it.
             targets: `[B, S]` int64 in [0, V), the token wanted after each, negative for none; for an artifact made
                 with positions="score", and for no other.
-            **options: `use_cache=False` returns no cache; `return_dict` changes nothing here. Others may be None or
-                False.
+            **options: `use_cache=False` returns no cache; `return_dict` and `tokenizer` change nothing here. Others
+                may be None or False.
 
         Returns:
             logits and final_logits `[B, T, V]`, selected_layer `[B, T]` and entropy `[B, T, M]` on the device of
