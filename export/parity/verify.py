@@ -25,10 +25,11 @@ from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.export.graph.precision import computing_model
 from cdsurgery.export.parity.dequantization import borrowed_weights
-from cdsurgery.export.parity.lending import measuring_all, plain_generation
+from cdsurgery.export.parity.lending import measuring_all
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
-from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale, scan_margin
+from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale
 from cdsurgery.export.parity.routing import RoutingMargins
+from cdsurgery.export.parity.texts import compare_texts
 from cdsurgery.export.runtime.runner import EngineRunner, OnnxRunner, Runner, load
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE
 from cdsurgery.head import ConfidentHead
@@ -88,7 +89,7 @@ def verify(
             ]
             rows = max(count for count in range(1, TEXTS_AT_ONCE + 1) if _takes_all(runner, count, [1]) or count == 1)
             for first in range(0, len(prompts), rows):
-                _compare_texts(report, runner, truth, prompts[first : first + rows], new_tokens)
+                compare_texts(report, runner, truth, prompts[first : first + rows], new_tokens)
         if isinstance(report, Report) and not report.close:
             report.noise = Report(report.tolerance, report.depth)
             _compare_rows(report.noise, truth, _wider(truth), shapes)
@@ -238,38 +239,3 @@ def _spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
     for chunk in chunks:
         yield start, start + chunk
         start += chunk
-
-
-def _compare_texts(
-    report: AnyReport, runner: Any, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> None:
-    """Decode a left-padded batch greedily in both runtimes; where a text parts, look at what the choice hung on."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # The texts must not end early: a minimum equal to the maximum keeps the end-of-text token out of both.
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    with plain_generation(runner, model):
-        ours, theirs = (
-            of.generate(ids.to(of.device), attention_mask=mask.to(of.device), **options)[:, longest:].cpu()
-            for of in (runner, model)
-        )
-    for prompt, our_text, their_text in zip(prompts, ours, theirs, strict=True):
-        report.texts += 1
-        differing = (our_text != their_text).nonzero()
-        if not len(differing):
-            report.add_text(new_tokens, None)
-            continue
-        step = int(differing[0])
-        before = torch.tensor([[*prompt, *their_text[:step].tolist()]], device=model.device)
-        with RoutingMargins(*before.shape) as routing:
-            row = model(before, logits_to_keep=1)
-        logits = row.logits[0, 0].float()
-        scale = logit_scale(row.final_logits)[0, 0].clamp(min=1)
-        parting = {
-            "text": report.texts,
-            "layer_margin": float(scan_margin(row.entropy) / scale),
-            "token_margin": float((logits[their_text[step]] - logits[our_text[step]]).abs() / scale),
-            "routing_margin": float(routing.margins.min()),
-        }
-        report.add_text(step, parting)
