@@ -70,8 +70,10 @@ def test_each_way_is_timed_in_its_own_state_beside_the_model_as_it_was(
     ]
     assert [way["tokens_per_second"] for way in found["ways"]] == [3 * NEW / len(way) for way in ways]
     assert {text.hooks for text in timed if text.way == "plain"} == {0}
-    assert {(text.hooks, text.config.lookback, text.config.seed) for text in timed if text.config} == {
-        (2, 2, traced.config.seed)  # type: ignore[union-attr]
+    hooks = {"fused": 3, "lazy": 2, "full": 2}  # two layers are tapped; a fused scan has one on the norm, too
+    assert {text.way: text.hooks for text in timed if text.config} == hooks
+    assert {(text.config.lookback, text.config.seed) for text in timed if text.config} == {
+        (2, traced.config.seed)  # type: ignore[union-attr]
     }
     assert found["refused"] == {}
 

@@ -106,10 +106,10 @@ def _report(runner: Runner, truth: Any, borrowed: Collection[str]) -> AnyReport:
 
 def _wider(model: Any) -> Any:
     """A copy of the model in the next wider dtype."""
-    copied = copy.deepcopy(model).to(torch.float64 if model.dtype == torch.float32 else torch.float32)
+    copied = copy.deepcopy(model)
     if copied._can_set_experts_implementation():
         copied.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
-    return copied
+    return copied.to(torch.float64 if model.dtype == torch.float32 else torch.float32)
 
 
 def _check_options(runner: Runner, model: Any) -> None:
