@@ -72,6 +72,21 @@ def test_a_wrapped_model_with_other_options_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: copy.deepcopy(wrapped("llama")).bfloat16(), "has bfloat16, 4 layers"),
+        (lambda: cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK), "has float32, 6 layers and 256 tokens"),
+        (lambda: cdsurgery.wrap(tiny_model("llama", vocab_size=200), lookback=LOOKBACK), "6 layers and 200 tokens"),
+    ],
+    ids=["dtype", "layers", "vocabulary"],
+)
+def test_a_model_that_the_artifact_was_not_made_from_is_refused(model: Any, message: str) -> None:
+    """A model in bfloat16 passed, by the tolerances of bfloat16."""
+    with pytest.raises(InvalidInputError, match=rf"it has float32, 4 layers and 256 tokens, .* {message}"):
+        export.verify(artifact("llama"), model())
+
+
+@pytest.mark.parametrize(
     "entries",
     [
         {"return_dict_in_generate": True, "output_hidden_states": True},

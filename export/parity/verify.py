@@ -63,7 +63,8 @@ def verify(
     model's.
 
     Raises:
-        InvalidInputError: the model is not wrapped, or with other options, or an engine takes none of the shapes.
+        InvalidInputError: the model is not wrapped, or with other options, or not the one that the artifact was made
+            from; or an engine takes none of the shapes.
         ArtifactError: the artifact cannot be opened, or its quantised weights are not those of the model.
     """
     runner, model = artifact if isinstance(artifact, Runner) else load(artifact), adapted_model(model)
@@ -117,6 +118,13 @@ def _check_options(runner: Runner, model: Any) -> None:
         raise InvalidInputError(
             f"This {type(model).__name__} is not wrapped. Compare with what cdsurgery.wrap returned."
         )
+    found = _described(str(model.dtype).removeprefix("torch."), len(model.anatomy.layers), model.config)
+    wanted = _described(runner.manifest.dtype, runner.manifest.layers, runner.config)
+    if found != wanted:
+        raise InvalidInputError(
+            f"The artifact is of another model, or of another dtype of it: it has {wanted}, this "
+            f"{type(model).__name__} has {found}. Compare it with what it was made from."
+        )
     config, made = model.confident, runner.manifest.confident
     for name in ("lookback", "probability", "measure", *(["seed"] if 0 < config.probability < 1 else [])):
         if getattr(config, name) != getattr(made, name):
@@ -124,6 +132,10 @@ def _check_options(runner: Runner, model: Any) -> None:
                 f"The artifact was made with {name}={getattr(made, name)!r}, the model is wrapped with "
                 f"{name}={getattr(config, name)!r}. Wrap it with the artifact's options to compare them."
             )
+
+
+def _described(dtype: str, layers: int, config: Any) -> str:
+    return f"{dtype}, {layers} layers and {config.get_text_config().vocab_size} tokens"
 
 
 def _takes_all(runner: Runner, batch: int, chunks: Sequence[int]) -> bool:
