@@ -202,3 +202,10 @@ def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, 
             export.load(copy)
     with pytest.raises(ArtifactError, match="is not an artifact"):
         export.load(tmp_path)
+
+
+def test_a_file_is_refused_where_an_artifact_is_wanted() -> None:
+    graph = artifact("llama") / "model.onnx"
+    for use in (export.load, lambda path: export.to_triton(path, "repository", name="a")):
+        with pytest.raises(InvalidInputError, match=r"model\.onnx is a file; give the folder of an artifact"):
+            use(graph)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import onnxruntime
 
 from cdsurgery.config import ConfidentConfig
-from cdsurgery.errors import ArtifactError
+from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.signature import Signature, TensorSpec
@@ -86,9 +86,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read an artifact's manifest.
 
     Raises:
+        InvalidInputError: it is a file that was given.
         ArtifactError: there is none, it cannot be read, or its schema is another.
     """
     path = Path(folder) / NAME
+    if Path(folder).is_file():
+        raise InvalidInputError(
+            f"{folder} is a file; give the folder of an artifact. A decoder that another tool exported becomes one "
+            "with export.graft, and a model with export.to_onnx."
+        )
     if not path.is_file() and (Path(folder) / ENGINE_NAME).is_file():
         raise ArtifactError(
             f"{folder} is the engine of a head alone, which takes states and no tokens. Open it with "

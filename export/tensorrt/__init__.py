@@ -101,11 +101,6 @@ def to_tensorrt(
 
 def _checked(source: Path) -> Manifest:
     """The manifest of an ONNX artifact that TensorRT may read."""
-    if source.is_file():
-        raise InvalidInputError(
-            f"{source} is a file; give the folder of an artifact. A decoder that another tool exported becomes one "
-            "with export.graft, and a model with export.to_onnx."
-        )
     manifest = read_manifest(source)
     if ENGINE_FILE in manifest.files:
         raise InvalidInputError(f"{source} is an engine already. Give the ONNX artifact that it was built from.")
