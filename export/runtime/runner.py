@@ -13,15 +13,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers import AutoConfig, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
+from cdsurgery.export.runtime.generation import RunnerGeneration
 from cdsurgery.export.runtime.inputs import check_group_query, check_options, check_targets, decoder_inputs
-from cdsurgery.export.runtime.past import check_cache, past_tensors, updated_cache
+from cdsurgery.export.runtime.past import past_tensors, updated_cache
 from cdsurgery.export.runtime.providers import tensorrt_providers
 from cdsurgery.export.runtime.session import Provider, Session
 from cdsurgery.export.signature import PAST, empty_past, torch_dtype
@@ -100,7 +101,7 @@ def load(
     return OnnxRunner(folder, manifest, providers)
 
 
-class Runner(GenerationMixin):
+class Runner(RunnerGeneration):
     """A decoder outside of PyTorch behind the interface of a transformers model.
 
     Attributes:
@@ -113,10 +114,6 @@ class Runner(GenerationMixin):
     """
 
     runtime: str
-    # What GenerationMixin asks of a model.
-    main_input_name = "input_ids"
-    base_model_prefix = ""
-    input_modalities = ("text",)
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, session: AnySession) -> None:
         path = Path(folder)
@@ -215,37 +212,6 @@ class Runner(GenerationMixin):
         return RunnerOutput(**whole)
 
     forward = __call__  # where generate looks for the signature
-
-    def can_generate(self) -> bool:
-        """True: `GenerationMixin` asks."""
-        return True
-
-    def is_remote_code(self) -> bool:
-        """False: `GenerationMixin` asks."""
-        return False
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        """None to choose: `GenerationMixin` asks."""
-        return {}
-
-    def _prepare_cache_for_generation(
-        self: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
-    ) -> Any:
-        """`GenerationMixin` makes the cache: one that grows, whatever the configuration of the model asks for."""
-        check_cache(model_kwargs.get("past_key_values"))
-        generation_config.cache_implementation = None
-        return GenerationMixin._prepare_cache_for_generation(
-            self, generation_config, model_kwargs, *arguments, **options
-        )
-
-    def _assisted_decoding(self: Any, *arguments: Any, **options: Any) -> Any:
-        """`GenerationMixin` checks several drafted tokens in one run, which takes logits at every position."""
-        if self.manifest.options.positions == "last":
-            raise InvalidInputError(
-                "Assisted and prompt-lookup decoding need logits at every position, and this artifact returns those of "
-                "the last one. Export with positions='all', or decode without an assistant."
-            )
-        return GenerationMixin._assisted_decoding(self, *arguments, **options)
 
 
 class OnnxRunner(Runner):
