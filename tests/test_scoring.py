@@ -72,6 +72,12 @@ def test_what_scores_does_nothing_else_and_nothing_else_scores(runner: OnnxRunne
         runner.score(ids[:, :1])
     with pytest.raises(InvalidInputError, match="chunk is 0; it must be at least 1"):
         runner.score(ids, chunk=0)
+    with pytest.raises(InvalidInputError, match="input_ids is list; it must be a tensor"):
+        runner.score([[1, 2, 3]])  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="attention_mask is list"):
+        runner.score(ids, [[1, 1, 1, 1]])  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match=r"attention_mask has shape \[1, 3\]; .* must be \[1, 4\]"):
+        runner.score(ids, torch.ones(1, 3, dtype=torch.int64))
 
 
 MEASURE = """

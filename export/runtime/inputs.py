@@ -39,7 +39,7 @@ def decoder_inputs(
         InvalidInputError: one is of another kind, dtype or shape, or holds a value out of range.
     """
     text = config.get_text_config()
-    _check_kind("input_ids", input_ids, INTEGERS)
+    check_kind("input_ids", input_ids, INTEGERS)
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise InvalidInputError(
             f"input_ids has shape {list(input_ids.shape)}; it must be [batch, sequence], with at least one token."
@@ -50,7 +50,7 @@ def decoder_inputs(
     batch, length = input_ids.shape
     if attention_mask is None:
         attention_mask = input_ids.new_ones(batch, cached + length)
-    _check_mask(attention_mask, [batch, cached + length], cached)
+    check_mask(attention_mask, [batch, cached + length], cached)
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
     _check_positions(position_ids, [batch, length], getattr(text, "max_position_embeddings", None))
@@ -102,14 +102,16 @@ def check_group_query(mask: Tensor, cached: int) -> None:
         )
 
 
-def _check_kind(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_kind(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse what is no tensor of one of the dtypes."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise InvalidInputError(f"{name} is {found}; it must be a tensor of {' or '.join(map(str, dtypes))}.")
 
 
-def _check_mask(mask: Tensor, shape: list[int], cached: int) -> None:
-    _check_kind("attention_mask", mask, (*INTEGERS, torch.bool, torch.float32))
+def check_mask(mask: Tensor, shape: list[int], cached: int) -> None:
+    """Refuse what is no tensor of that shape, of 1 for tokens and 0 for padding."""
+    check_kind("attention_mask", mask, (*INTEGERS, torch.bool, torch.float32))
     if list(mask.shape) != shape:
         raise InvalidInputError(
             f"attention_mask has shape {list(mask.shape)}; with {cached} cached and {shape[1] - cached} new tokens it "
@@ -123,7 +125,7 @@ def _check_mask(mask: Tensor, shape: list[int], cached: int) -> None:
 
 
 def _check_positions(positions: Tensor, shape: list[int], context: int | None) -> None:
-    _check_kind("position_ids", positions, INTEGERS)
+    check_kind("position_ids", positions, INTEGERS)
     if list(positions.shape) != shape:
         raise InvalidInputError(
             f"position_ids has shape {list(positions.shape)}; it must be that of input_ids, {shape}."
@@ -157,7 +159,7 @@ def check_targets(
         )
     if targets is None:
         return {}
-    _check_kind("targets", targets, INTEGERS)
+    check_kind("targets", targets, INTEGERS)
     vocabulary = config.get_text_config().vocab_size
     if targets.shape != input_ids.shape or int(targets.max()) >= vocabulary:
         raise InvalidInputError(

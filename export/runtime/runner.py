@@ -21,7 +21,15 @@ from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.runtime.generation import RunnerGeneration
-from cdsurgery.export.runtime.inputs import check_group_query, check_options, check_targets, decoder_inputs
+from cdsurgery.export.runtime.inputs import (
+    INTEGERS,
+    check_group_query,
+    check_kind,
+    check_mask,
+    check_options,
+    check_targets,
+    decoder_inputs,
+)
 from cdsurgery.export.runtime.past import past_tensors, updated_cache
 from cdsurgery.export.runtime.providers import tensorrt_providers
 from cdsurgery.export.runtime.session import Provider, Session
@@ -190,8 +198,10 @@ class Runner(RunnerGeneration):
             `[B, S-1]`, entropy `[B, S-1, M]`.
 
         Raises:
-            InvalidInputError: the artifact was not made with positions="score", or the text has no second token.
+            InvalidInputError: the artifact was not made with positions="score", the text has no second token, or its
+                mask does not fit it.
         """
+        check_kind("input_ids", input_ids, INTEGERS)
         if input_ids.ndim != 2 or input_ids.shape[1] < 2:
             raise InvalidInputError(
                 f"input_ids has shape {list(input_ids.shape)}; to score a text it must be [batch, sequence] with at "
@@ -200,6 +210,7 @@ class Runner(RunnerGeneration):
         if chunk < 1:
             raise InvalidInputError(f"chunk is {chunk}; it must be at least 1 token.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_mask(mask, list(input_ids.shape), cached=0)
         targets = input_ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -1)
         past, runs = None, []
         for start in range(0, targets.shape[1], chunk):
