@@ -238,6 +238,11 @@ def test_prompt_lookup_works_where_all_positions_have_logits_and_is_refused_wher
     assert torch.equal(found, wrapped("llama").generate(ids, max_new_tokens=NEW, do_sample=False))
 
 
+def test_a_draft_by_early_exit_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="a graph runs all of them or none"):
+        export.load(artifact("llama", "all")).generate(token_ids(1, 4), max_new_tokens=4, assistant_early_exit=2)
+
+
 def test_prompt_lookup_is_refused_where_a_state_cannot_go_back() -> None:
     hybrid, ids = export.load(Path(client("qwen3_5_text", "portable").path).parent), torch.tensor([[5, 6, 7, 5, 6]])
     with pytest.raises(ValueError, match="not supported with stateful models"):

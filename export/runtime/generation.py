@@ -46,4 +46,9 @@ class RunnerGeneration(GenerationMixin):
                 "Assisted and prompt-lookup decoding need logits at every position, and this artifact returns those of "
                 "the last one. Export with positions='all', or decode without an assistant."
             )
+        if options["generation_config"].assistant_early_exit is not None:
+            raise InvalidInputError(
+                "assistant_early_exit drafts with the first layers of a model, and a graph runs all of them or none. "
+                "Leave it out, or draft with an assistant_model."
+            )
         return GenerationMixin._assisted_decoding(self, *arguments, **options)
