@@ -16,7 +16,7 @@ from grafts import copied, grafted, refused
 from onnx import TensorProto, helper
 
 from cdsurgery import ArtifactError, InvalidInputError, UnsupportedModelError
-from cdsurgery.export.graft import decoder, tail
+from cdsurgery.export.graft import decoder, rowwise
 from cdsurgery.export.graft.tail import Tail
 
 FINAL_NORM = "/model/norm/Mul_1_output_0"
@@ -146,7 +146,7 @@ def test_a_grafted_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_graph_that_does_not_run_is_refused(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut along an axis that the graph does not show is found when the copies of the tail run."""
-    monkeypatch.setattr(tail, "_wrong_move", lambda *_: None)
+    monkeypatch.setattr(rowwise, "_wrong_move", lambda *_: None)
     refused(edit(theirs, cut_vocabulary), UnsupportedModelError, "could not run a graph of the proof, on 1 rows of 1")
 
 
