@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -194,6 +196,16 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Any, runner: OnnxRunner) -
         (tmp_path / "model.onnx").write_bytes(content)
         with pytest.raises(ArtifactError, match=message):
             Session(tmp_path / "model.onnx", runner.manifest.signature)
+
+
+def test_a_graph_for_another_provider_is_refused_with_the_way_out(tmp_path: Path, runner: OnnxRunner) -> None:
+    """ONNX Runtime's CPU has no kernels for bfloat16."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (bfloat16[1] x) => (bfloat16[1] y) {y = Mul(x, x)}'
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ArtifactError, match=r"with CPUExecutionProvider: .*Mul.* name them in providers="):
+        Session(tmp_path / "model.onnx", runner.manifest.signature)
 
 
 @pytest.mark.gpu

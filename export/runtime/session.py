@@ -67,7 +67,10 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-            raise ArtifactError(f"ONNX Runtime cannot open {path}: {error}") from error
+            raise ArtifactError(
+                f"ONNX Runtime cannot open {path} with {', '.join(name for name, _ in chosen)}: {error} A graph that "
+                "was written without a comparison (parity=False) may be for other providers: name them in providers=."
+            ) from error
         self._session.disable_fallback()
         started = self._session.get_providers()
         if lost := [name for name, _ in chosen if name not in started]:
