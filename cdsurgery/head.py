@@ -78,7 +78,7 @@ class ConfidentHead(nn.Module):
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            del self._generating
+            self.__dict__.pop("_generating", None)  # another thread may have ended before
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Where `to`, `half`, `float` and their like come through. A cast has the tail proven anew.

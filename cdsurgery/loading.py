@@ -87,4 +87,6 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Of a message; all of it, on one line, where the first only announces the others."""
+    line = str(error).strip().partition("\n")[0].strip()
+    return " ".join(str(error).split()) if line.endswith(":") else line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def test_verify_passes_and_fails_with_its_report(
     other.save_pretrained(tmp_path)
     assert main(["verify", str(shown[0]), "--against", str(tmp_path), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
+    # Rounded to bfloat16 its weights are others; it is compared in the dtype that was exported, and not refused.
+    LlamaForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(tmp_path)
+    assert main(["verify", str(shown[0]), "--against", str(tmp_path)]) == 1
 
 
 def test_export_lists_its_files(
@@ -138,13 +142,19 @@ def test_export_lists_its_files(
 ) -> None:
     from cdsurgery import export
 
-    monkeypatch.setattr(export, "to_onnx", lambda *_arguments, **_options: shown[0])  # the demo has made one already
+    made = shutil.copytree(shown[0], tmp_path / "made")  # the demo has made one already
+    (made / "more").mkdir()
+    (made / "more" / "template.jinja").write_text("{{ x }}")
+    monkeypatch.setattr(export, "to_onnx", lambda *_arguments, **_options: made)
     assert main(["export", "onnx", str(folder), str(tmp_path / "artifact"), "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     assert {"model.onnx", "cdsurgery.json", "tokenizer.json"} <= files.keys()
-    assert main(["export", "onnx", str(folder), str(tmp_path / "artifact")]) == 0
+    assert files["more/template.jinja"] == 7 and "more" not in files
+    assert main(["export", "onnx", str(folder), str(tmp_path / "an artifact")]) == 0
     out, err = capsys.readouterr()
-    assert "model.onnx" in out and "cdsurgery verify" in err
+    assert "model.onnx" in out and f"cdsurgery verify '{tmp_path / 'an artifact'}' --against" in err
+    assert main(["export", "onnx", str(folder), str(tmp_path / "artifact"), "--no-parity"]) == 0
+    assert "verify" not in capsys.readouterr().err
 
 
 def test_the_demo_says_it_in_words(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from cdsurgery.cli.export_onnx import check_free, file_table
+from cdsurgery.cli.export_onnx import check_free, file_sizes, file_table
 from cdsurgery.cli.model import import_export, silence_transformers
 from cdsurgery.cli.screen import Screen
 from cdsurgery.cli.wrapping import NAMES, add_wrapping_arguments, wrapping_config
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
         from cdsurgery.export.artifact.manifest import read_manifest
 
         made = read_manifest(folder)
-    sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+    sizes = file_sizes(folder)
     lookback, proof = made.confident.lookback, made.parity
     assert proof is not None
     document = {"artifact": str(folder), "positions": made.options.positions, "layers": made.layers}

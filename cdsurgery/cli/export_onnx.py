@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             quantization=options.quantize,
             quantize_head=not options.keep_head,
         )
-    sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+    sizes = file_sizes(folder)
     from cdsurgery.export.artifact.manifest import read_manifest
 
     not_for = read_manifest(folder).not_for
@@ -95,7 +96,9 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     screen.result(document, file_table(sizes))
     for client, reason in not_for.items():
         screen.err.print(f"Not for {client}: {reason}", markup=False)
-    screen.err.print(f"Check it: cdsurgery verify {options.folder} --against {options.model}", style="dim")
+    if not options.no_parity:  # where it cannot run, it cannot be checked
+        check = shlex.join(["cdsurgery", "verify", options.folder, "--against", options.model])
+        screen.err.print(f"Check it: {check}", style="dim", markup=False)
     return True
 
 
@@ -103,6 +106,12 @@ def check_free(folder: str) -> None:
     """Refuse a folder that exists before a large model is loaded for it, though the export would refuse it too."""
     if Path(folder).exists():
         raise InvalidInputError(f"{folder} exists already. Give a folder that does not exist; nothing is overwritten.")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """The bytes of every file of an artifact, those in folders of it included, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def file_table(sizes: dict[str, int]) -> Table:

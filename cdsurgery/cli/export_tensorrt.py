@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from cdsurgery.cli.export_onnx import check_free, file_table
+from cdsurgery.cli.export_onnx import check_free, file_sizes, file_table
 from cdsurgery.cli.model import import_export, silence_transformers
 from cdsurgery.cli.screen import Screen
 from cdsurgery.errors import InvalidInputError
@@ -72,7 +71,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     from cdsurgery.export.tensorrt.manifest import read_engine_manifest
 
     made = read_engine_manifest(folder)
-    files = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+    files = file_sizes(folder)
     profiles = {one.name: {axis: vars(size) for axis, size in one.axes.items()} for one in made.profiles}
     document = {"engine": str(folder), "package": made.package, "version": made.version, "profiles": profiles}
     shown = [f"{one.name}: {', '.join(f'{axis} {size}' for axis, size in one.axes.items())}" for one in made.profiles]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     models = [options.name, *(f"{options.name}{ending}" for ending, written in twins.items() if written)]
     document = {"repository": str(options.repository), "models": models, "folder": str(folder)}
     screen.result(document, *(f"{options.repository}/{model}" for model in models))
-    screen.err.print(f"Serve it: tritonserver --model-repository={options.repository}", style="dim", markup=False)
+    serve = shlex.join(["tritonserver", f"--model-repository={options.repository}"])
+    screen.err.print(f"Serve it: {serve}", style="dim", markup=False)
     return True
 
 

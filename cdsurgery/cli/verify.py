@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from cdsurgery.cli.model import import_export, load, wrap
 from cdsurgery.cli.screen import Screen
@@ -28,8 +29,15 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
         from cdsurgery.export.artifact.manifest import read_manifest
 
         made = read_manifest(options.artifact)
-    model = wrap(load(options.against, screen), made.confident, screen)
+    model = wrap(_cast(load(options.against, screen), made.dtype), made.confident, screen)
     with screen.stage("Comparing"):
         report = export.verify(options.artifact, model)
     screen.result(report.to_dict(), str(report))
     return bool(report.passed)
+
+
+def _cast(model: Any, dtype: str) -> Any:
+    """The model as it was exported: it may have been cast since it was saved."""
+    import torch
+
+    return model.to(getattr(torch, dtype))
