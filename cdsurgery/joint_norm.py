@@ -30,30 +30,16 @@ class JointNorm:
 
     def __init__(self, norm: nn.Module) -> None:
         self.company: Company | None = None
-        self._handles = [norm.register_forward_pre_hook(_Entry(self)), norm.register_forward_hook(_Exit(self))]
+        self._handles = [norm.register_forward_pre_hook(self._enter), norm.register_forward_hook(self._leave)]
 
     def remove(self) -> None:
         """Take the hooks off the norm."""
         for handle in self._handles:
             handle.remove()
 
-
-class _Entry:
-    """A class and not a method, so that a deep copy of the model goes by the copy."""
-
-    def __init__(self, joint: JointNorm) -> None:
-        self.joint = joint
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        company = self.joint.company
-        rows = company.join(args[0]) if company is not None and args else None
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = self.company.join(args[0]) if self.company is not None and args else None
         return None if rows is None else (rows, *args[1:])
 
-
-class _Exit:
-    def __init__(self, joint: JointNorm) -> None:
-        self.joint = joint
-
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Tensor | None:
-        company = self.joint.company
-        return None if company is None else company.part(output)
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+        return None if self.company is None else self.company.part(output)

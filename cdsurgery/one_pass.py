@@ -109,13 +109,13 @@ class OnePass:
     def join(self, own: Tensor) -> Tensor | None:
         """What the model gives its final norm, `[B, T, D]` -> `[(m + 1) B, T, D]`, with the states of m layers behind.
 
-        None where gradients are kept, where of a prompt's rows few go on to the unembedding, and where a layer did not
-        run.
+        None where gradients are kept, where of a prompt's rows few go on to the unembedding, where a layer did not run,
+        and where a cast of the model has shown that the norm is not alone before the unembedding.
         """
         first, self._joined = self._states[0], 0
-        if torch.is_grad_enabled() or self._incomplete() or (own.shape, own.dtype) != (first.shape, first.dtype):
+        if torch.is_grad_enabled() or self._incomplete() or _lone_norm(self._tail.anatomy) is None:
             return None
-        if _lone_norm(self._tail.anatomy) is None:  # a cast of the model has shown that there is more
+        if (own.shape, own.dtype) != (first.shape, first.dtype):
             return None
         # A CPU hardly ever comes to later readings.
         self._joined = self._plan(own.device, own.shape[:-1].numel())[0] if _looks(own) else len(self._states)
@@ -152,7 +152,7 @@ class OnePass:
 
     def _inputs(self, begin: int, end: int) -> Tensor:
         """What the unembedding multiplies of layers L-begin-1 to L-end, `[end - begin, B T, D]`."""
-        if self._normed is not None and end <= self._joined:
+        if self._normed is not None and end <= len(self._normed):
             return self._normed[begin:end]
         return self._tail.inputs(self._states[begin:end])
 
@@ -191,9 +191,7 @@ class OnePass:
             if _looks(depth) and not going.active:
                 break
             further = self._read_further(going, len(entropy) - 1, layers)
-            depth, entropy = pick_further(
-                depth, products, entropy, going.place, further.entropy.contiguous(), further.products
-            )
+            depth, entropy = pick_further(depth, products, entropy, going.place, further.entropy, further.products)
         return logits_of_products(self._tail.model, self._tail.anatomy, products), depth, entropy
 
     def _projected_again(self, final: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
