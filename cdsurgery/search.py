@@ -133,8 +133,17 @@ class _Trail:
             return fit[0] if fit else None
         # Far below the cap, a softcap can be lost in rounding: what fits has to hold for logits up to 100 too.
         large = head.returned * (100 / head.returned.abs().max())
-        truth = self.replaced(head.path, large)
-        return next((rows for rows in fit if same(self.after(rows, large), truth)), None)
+        fit = self.explaining(fit, head, large)
+        # Of float32 ones, an autocast's bfloat16 products show which widen those first.
+        return next(iter(self.explaining(fit, head, large.bfloat16()) or fit), None)
+
+    def explaining(self, fit: list[tuple[Transform, ...]], head: Call, products: Tensor) -> list[tuple[Transform, ...]]:
+        """Those of the sequences that give the model's logits where the unembedding returns `products`, `[B, T, V]`."""
+        try:
+            truth = self.replaced(head.path, products)
+        except UnsupportedModelError:  # the model cannot go on from these
+            return []
+        return [rows for rows in fit if same(self.after(rows, products), truth)]
 
     def after(self, rows: tuple[Transform, ...], state: Tensor | None) -> Tensor | None:
         """The state after these transforms, or None where they do not fit it."""

@@ -99,7 +99,7 @@ def _merge_streams(streams: Tensor, projections: Sequence[nn.Module]) -> Tensor:
     magnitude = torch.mean(first**2, dim=-1, keepdim=True) ** 0.5
     merged = [first]
     for stream, projection in zip(streams[1:], projections, strict=True):
-        x = projection(stream)
+        x = projection(stream).to(first.dtype)  # an autocast's product is not
         merged.append(x * magnitude / torch.sqrt(torch.mean(x**2, dim=-1, keepdim=True).clamp(min=1e-5)))
     return torch.mean(torch.stack(merged), dim=0)
 

@@ -1,4 +1,4 @@
-"""A model cast after it was wrapped: as one that was cast before, bit for bit, or an error that says so."""
+"""A model cast after it was wrapped, or run under an autocast: the plain model's values bit for bit, or an error."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def test_a_cast_after_wrap_gives_what_a_cast_before_it_gives(family: str) -> Non
     assert_true(model, tiny_model(family, torch.bfloat16))
     assert_true(model.float(), tiny_model(family, torch.bfloat16).float())
     assert_true(model.half(), tiny_model(family, torch.bfloat16).half())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3n", *FAMILIES])
+def test_an_autocast_gives_what_the_plain_model_gives_under_it(family: str) -> None:
+    """What a tail does to products and streams in bfloat16 does not show in the float32 that it was found in."""
+    plain, model = tiny_model(family), tiny_model(family)
+    for one in (plain, model):
+        one.get_output_embeddings().weight.data.mul_(5)  # logits as large as a softcap bends
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_true(cdsurgery.wrap(model, lookback=LOOKBACK), plain)
+    cdsurgery.unwrap(model)
+    cdsurgery.wrap(model, lookback=LOOKBACK)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_true(model, plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "zaya"])
