@@ -76,8 +76,8 @@ def to_onnx(
         The folder.
 
     Raises:
-        InvalidInputError: the model is not wrapped, an option is not one of those above, or the generation config
-            contradicts itself.
+        InvalidInputError: the model is not wrapped, an option or the tokenizer is not one of those above, or the
+            generation config contradicts itself.
         UnsupportedModelError: the model or its cache cannot be exported, or its graph cannot be run here.
         ArtifactError: the folder exists, or the graph does not agree with the model.
     """

@@ -146,6 +146,8 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path: Pa
         export.to_onnx(wrapped("llama"), tmp_path / "a", target="cuda")
     with pytest.raises(InvalidInputError, match=r"upcast was asked for, but the model is in torch\.float32"):
         export.to_onnx(wrapped("llama"), tmp_path / "a", upcast=True)
+    with pytest.raises(InvalidInputError, match=r"tokenizer is 'examples/tiny_lm'; it must be a loaded one"):
+        export.to_onnx(wrapped("llama"), tmp_path / "a", tokenizer="examples/tiny_lm")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -48,8 +48,13 @@ def write_client_files(
         For each client that cannot run this artifact, why: it gets no file of its own.
 
     Raises:
-        InvalidInputError: the generation config contradicts itself, and transformers does not save it.
+        InvalidInputError: the tokenizer is none, or the generation config contradicts itself and so is not saved.
     """
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
+        raise InvalidInputError(
+            f"tokenizer is {tokenizer!r}; it must be a loaded one, such as AutoTokenizer.from_pretrained(folder) "
+            "returns, or None."
+        )
     not_for = {}
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
