@@ -138,6 +138,31 @@ class Engine:
         return 0
 
 
+class Held(SimpleNamespace):
+    """Something that a session holds, whose end is noted."""
+
+    def __init__(self, fake: FakeTensorRT, kind: str, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        weakref.finalize(self, fake.gone.append, kind)
+
+
+class Handle(Held):
+    """An engine as a session holds it: the fake's own, which outlives it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["of"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.of, name, value)
+
+
+class Config(Held):
+    """An `IRuntimeConfig`."""
+
+    def set_runtime_cache(self, cache: Any) -> None:
+        self.cache = cache
+
+
 class FakeTensorRT:
     """A module, with what `EngineSession` uses of it; TensorRT-RTX if it `compiles`."""
 
@@ -158,6 +183,7 @@ class FakeTensorRT:
             self.ComputeCapability = object
         self.engine = Engine(self)
         self.lean_runtimes: list[str] = []
+        self.gone: list[str] = []  # what sessions held, in the order in which it went
 
     @contextmanager
     def current_device(self) -> Iterator[None]:
@@ -166,21 +192,26 @@ class FakeTensorRT:
         self.device_is_current = False
 
     def Runtime(self, log: Any) -> Any:
-        runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine)
-        runtime.load_runtime = lambda path: (self.lean_runtimes.append(path), runtime)[1]
-        return runtime
+        def opens(plan: bytes) -> Any:
+            return Handle(self, "engine", of=self.engine)
+
+        def load(path: str) -> Any:
+            self.lean_runtimes.append(path)
+            return Held(self, "lean runtime", deserialize_cuda_engine=opens)
+
+        weakref.finalize(log, self.gone.append, "log")
+        return Held(self, "runtime", deserialize_cuda_engine=opens, load_runtime=load)
 
     def create_config(self) -> Any:
         assert self.compiles
-        config = SimpleNamespace(create_runtime_cache=lambda: self.kernels)
-        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
-        return config
+        return Config(self, "config", create_runtime_cache=lambda: self.kernels)
 
     def create_context(self, config: Any) -> Context:
         assert (config == 2) != self.compiles
         context = Context(self, config)
         self.contexts.append(weakref.proxy(context))
         self.alive.add(context)
+        weakref.finalize(context, self.gone.append, "context")
         return context
 
     def compiled(self) -> bytes:

@@ -123,6 +123,16 @@ def test_streamed_weights_leave_room_for_a_run_and_are_settled_before_contexts_a
     assert budgets == [budget] * 2
 
 
+def test_contexts_of_tensorrt_rtx_compute_each_in_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = installed(monkeypatch, compiles=True)
+    free = 2 * 1500 + 3000 + session.SPARE + two_caches()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 50))
+    manifest = replace(read_engine_manifest(engine("llama")), flags=("WEIGHT_STREAMING",))
+    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    export.load(engine("llama"))
+    assert fake.engine.weight_streaming_budget_v2 == 3000
+
+
 def test_a_budget_that_is_refused_in_silence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = installed(monkeypatch)
     fake.engine.accepts = False
@@ -146,6 +156,30 @@ def test_an_engine_of_an_earlier_tensorrt_runs_in_its_lean_runtime(
     assert fake.lean_runtimes == [str(library)]
     with pytest.raises(InvalidInputError, match="lean_runtime are for engines"):
         export.load(artifact("llama"), lean_runtime=library)
+
+
+@pytest.mark.parametrize(
+    ("compiles", "graphs"),
+    [(False, False), (False, True), (True, False)],
+    ids=["tensorrt", "tensorrt, captured", "tensorrt_rtx"],
+)
+def test_what_was_made_goes_before_what_made_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiles: bool, graphs: bool
+) -> None:
+    fake = installed(monkeypatch, compiles=compiles)
+    manifest = replace(read_engine_manifest(engine("llama")), flags=("VERSION_COMPATIBLE",))
+    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    fake.__version__ = "99.0"
+    library = tmp_path / "libnvinfer_lean.so.1"
+    library.touch()
+    runner = export.load(engine("llama"), lean_runtime=library, cuda_graphs=graphs)
+    runner.generate(token_ids(1, 3), max_new_tokens=3, do_sample=False)
+    assert fake.gone == []
+    del runner
+    gc.collect()
+    makers = (["config"] * 2 if compiles else []) + ["engine", "lean runtime", "runtime", "log"]
+    assert [kind for kind in fake.gone if kind != "context"] == makers
+    assert fake.gone.index(makers[0]) == len(fake.contexts) >= 2  # all of which went before
 
 
 def test_what_tensorrt_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

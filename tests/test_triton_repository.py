@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from triton_server import ENVIRONMENT, ROOT
 from cdsurgery import export
 from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
 from cdsurgery.export.artifact.manifest import describe_files
+from cdsurgery.export.tensorrt.manifest import EngineManifest
 from cdsurgery.export.triton.config import step_config, text_config, unary_config
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -233,6 +235,7 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
         ({"kind": "tpu"}, "kind is 'tpu'; it must be one of 'cpu', 'gpu'"),
         ({"gpus": (0,)}, "Ask for kind='gpu'"),
         ({"bls": True}, "say for which backend"),
+        ({"step": "tensorrt"}, "kind is 'cpu'. It runs on a GPU: kind='gpu'"),
         ({"providers": "cuda"}, "providers is 'cuda'; it must be one of None, 'tensorrt'"),
         ({"providers": "tensorrt"}, "needs kind='gpu' and no bls"),
         ({"providers": "tensorrt", "kind": "gpu", "step": "onnxruntime", "bls": True}, "needs kind='gpu' and no bls"),
@@ -254,6 +257,44 @@ def test_a_context_beyond_the_models_and_a_plan_without_its_backend_are_refused(
         export.to_triton(servable, tmp_path / "r", name="a", options=export.ServingOptions(context=129))
     with pytest.raises(InvalidInputError, match="belong together"):
         export.to_triton(servable, tmp_path / "r", name="a", engine=servable / "model.onnx")
+
+
+def test_a_plan_is_one_of_tensorrt_and_of_this_graph(servable: Path, tmp_path: Path) -> None:
+    files = json.loads((servable / "cdsurgery.json").read_text())["files"]
+    engine, repository = tmp_path / "engine", tmp_path / "repository"
+    engine.mkdir()
+    (engine / "model.engine").write_bytes(b"plan")
+    made = EngineManifest(
+        schema_version=1,
+        package="tensorrt",
+        version="10.13.0.35",
+        gpu=None,
+        targets=(),
+        portable=False,
+        flags=(),
+        profiles=(),
+        signature=SIGNATURE,
+        onnx={name: file["sha256"] for name, file in files.items() if name.startswith("model.onnx")},
+        build_seconds=1.0,
+        peak_memory_bytes=None,
+        engine={},
+    )
+
+    def write() -> None:
+        options = export.ServingOptions(kind="gpu", step="tensorrt")
+        export.to_triton(servable, repository, name="a", options=options, engine=engine / "model.engine")
+
+    for changes, message in (
+        ({"package": "tensorrt_rtx"}, "built by tensorrt_rtx, whose engines Triton does not load"),
+        ({"onnx": made.onnx | {"model.onnx.data": "0" * 64}}, "built of another graph than this artifact's"),
+    ):
+        replace(made, **changes).write(engine)
+        with pytest.raises(InvalidInputError, match=message):
+            write()
+    assert not repository.exists()
+    made.write(engine)
+    write()
+    assert (repository / "a_step" / "1" / "model.plan").read_bytes() == b"plan"
 
 
 def test_the_command_writes_what_the_function_writes(

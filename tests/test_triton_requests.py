@@ -91,6 +91,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too long": ({"text_input": LONG * 2}, "the context holds 1024"),
     "two texts": ({"text_input": ["a", "b"]}, ""),
     "empty stop word": ({"stop_words": ["a", ""]}, "stop_words holds an empty text"),
+    "many stop words": ({"stop_words": ["a"] * 65}, "stop_words holds 65 texts; it may hold 64"),
+    "long stop words": ({"stop_words": ["a" * 4000, "b" * 97]}, "stop_words holds 4097 characters; it may hold 4096"),
 }
 
 
@@ -120,6 +122,22 @@ def test_what_only_binary_protocols_can_send_gets_an_error(server: Server, model
         answers = server.client(*bad.values(), way="unary")
     for message, answer in zip(bad, answers, strict=True):
         assert message in answer["error"]["message"]
+
+
+def test_an_output_that_is_asked_for_by_name_needs_its_flag(server: Server) -> None:
+    def asked(*outputs: str, **flags: bool) -> tuple[int, Any]:
+        fields = {"text_input": ("BYTES", PROMPT)} | {name: ("BOOL", value) for name, value in flags.items()}
+        inputs = [{"name": n, "datatype": kind, "shape": [1, 1], "data": [v]} for n, (kind, v) in fields.items()]
+        body = {"inputs": inputs, "outputs": [{"name": name} for name in outputs]}
+        return server.post("/v2/models/tiny_unary/infer", body)
+
+    for output, flag in (("entropy", "return_layers"), ("num_input_tokens", "return_num_input_tokens")):
+        status, answer = asked("text_output", output)
+        assert status in (400, 500)
+        assert f"{output} is asked for, and comes with {flag}: true. Set it." in answer["error"]
+        status, answer = asked("text_output", output, **{flag: True})
+        assert status == 200
+        assert {one["name"] for one in answer["outputs"]} == {"text_output", output}
 
 
 def test_the_twin_refuses_a_stream_and_says_who_has_one(server: Server) -> None:
@@ -182,13 +200,14 @@ def test_clients_that_go_away_free_their_slots(server: Server, wanted: str) -> N
 
 
 def test_metrics_count_what_the_answers_say(server: Server) -> None:
-    names = ("tokens", "moved_tokens", "depth", "prompt_tokens", "finished_requests")
+    names = ("tokens", "moved_tokens", "depth", "prompt_tokens", "finished_requests", "refused_requests")
     server.settle("cdsurgery_running_requests", 0)
     time.sleep(1)  # twice what may pass until Triton is told of the last request of the test before
     before = {name: server.counter(f"cdsurgery_{name}_total") for name in names}
+    server.post("/v2/models/tiny/generate", {"text_input": ""})
     answer = server.generate("tiny", "import ", max_tokens=NEW, return_layers=True, return_num_input_tokens=True)
     depths = [12 - layer for layer in answer["selected_layer"]]
-    more = [NEW, sum(depth > 0 for depth in depths), sum(depths), answer["num_input_tokens"], 1]
+    more = [NEW, sum(depth > 0 for depth in depths), sum(depths), answer["num_input_tokens"], 1, 1]
     for name, grown in zip(names, more, strict=True):
         server.settle(f"cdsurgery_{name}_total", before[name] + grown)
 

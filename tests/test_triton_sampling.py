@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from cdsurgery.export.triton.serving.sampling import Sampler, SamplingOptions
+from cdsurgery.export.triton.serving.sampling import NUCLEUS, Sampler, SamplingOptions, nucleus
 
 LOGITS = np.array([0.0, 3.0, 1.0, 2.0, -np.inf], np.float32)
 
@@ -38,6 +38,24 @@ def test_samples_have_the_probabilities_of_what_is_kept(options: dict[str, Any],
     wanted[kept] = torch.softmax(torch.tensor(LOGITS[kept]).double() / options["temperature"], -1).numpy()
     # Five standard deviations of a share of 20,000 draws are at most 0.018.
     assert np.abs(shares(**options) - wanted).max() < 0.018
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999999])
+@pytest.mark.parametrize("kind", ["few", "peaked", "flat", "equal", "mostly nothing"])
+def test_a_nucleus_is_what_sorting_everything_gives(kind: str, share: float) -> None:
+    random = np.random.default_rng(0)
+    weights = {
+        "few": random.random(5),
+        "peaked": np.exp(-random.permutation(5000) / 20.0),
+        "flat": 1 + random.random(5000),  # more than are looked at first
+        "equal": np.repeat([1.0, 0.5], 2 * NUCLEUS),
+        "mostly nothing": np.where(np.arange(5000) % 100 == 0, 1.0, 0.0),
+    }[kind]
+    order = sorted(range(len(weights)), key=lambda place: (-weights[place], place))
+    taken, wanted = [order[0]], share * weights.sum()
+    while sum(weights[taken]) < wanted - 1e-9 * weights.sum():  # less than any weight that is left
+        taken.append(order[len(taken)])
+    assert nucleus(weights, share).tolist() == taken
 
 
 def test_penalties_are_those_of_the_formula() -> None:

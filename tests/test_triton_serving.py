@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ from artifacts import artifact, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import NEW, Reply, numbers, prompts, request, settings_of, truth
+from tokenizers import Tokenizer
+from triton_server import ROOT
 
 import cdsurgery
 from cdsurgery import export
@@ -165,3 +171,23 @@ def test_a_version_folder_that_was_changed_is_refused_with_the_reason(shown: tup
     (folder / "serving.json").write_text("[]")
     with pytest.raises(FolderError, match="cannot be read"):
         read_settings(folder)
+
+
+def test_other_threads_run_on_while_a_long_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    served = importlib.import_module("cdsurgery.export.triton.serving.model").TritonPythonModel()
+    served._tokenizer = Tokenizer.from_file(str(ROOT / "examples" / "tiny_lm" / "tokenizer.json"))
+    turns, ended = [0], threading.Event()
+
+    def run() -> None:
+        while not ended.wait(0.001):
+            turns[0] += 1
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    before = turns[0]
+    served._encode("for x in y: z(x)\n" * 60_000)  # half a second
+    found = turns[0] - before
+    ended.set()
+    thread.join()
+    assert found > 20  # none, or one, where Python's lock is kept

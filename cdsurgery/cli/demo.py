@@ -77,8 +77,8 @@ def small_model() -> str:
     folder = Path(cdsurgery.__file__).resolve().parents[1] / "examples" / "tiny_lm"
     if not (folder / "config.json").is_file():
         raise InvalidInputError(
-            f"The demo's small model is not at {folder}: it comes with the repository, not with the package. Run the "
-            "demo in a checkout, or on a model of yours with --model MODEL."
+            f"The demo's small model is not at {folder}: it comes with the repository, not with the package. Run "
+            "`make demo` in a checkout, or the demo on a model of yours with --model MODEL."
         )
     return str(folder)
 

@@ -71,10 +71,10 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     if options.keep_head and options.quantize is None:
         raise InvalidInputError("--keep-head says what not to quantise; it needs --quantize int4 or --quantize int8.")
     config = wrapping_config(options)
+    export = import_export()  # before what takes long, as it may not be installed
     model = load(options.model, screen)
     tokenizer = load_tokenizer(options.model)
     wrapped = wrap(model, config, screen)
-    export = import_export()
     with screen.stage("Exporting to ONNX"):
         folder = export.to_onnx(
             wrapped,

@@ -15,7 +15,7 @@ DESCRIPTION = """\
 Build a TensorRT engine of an ONNX artifact, with two profiles: prefill and decode. Its precision is the artifact's.
 TensorRT builds for the GPU of this machine; TensorRT-RTX builds ahead of time and needs none. Sizes are the largest, or
 three numbers, SMALLEST,TUNED,LARGEST; what is not given follows from the model's context and --cache-memory."""
-EXAMPLE = "cdsurgery export tensorrt artifact engine --batch 8 --past 2047"
+EXAMPLE = "cdsurgery export tensorrt artifact engine --batch 8 --past 1023"
 SIZES = {"batch": "rows of a run", "sequence": "new tokens of a prefill", "past": "tokens in the cache"}
 
 

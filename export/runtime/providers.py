@@ -41,8 +41,9 @@ def tensorrt_providers(folder: Path, manifest: Manifest, cache: Path | None) -> 
     name = next((name for name in SHAPES if name in available), None)
     if name is None:
         raise InvalidInputError(
-            f"providers is 'tensorrt', and this ONNX Runtime has {', '.join(available)}. Install onnxruntime-gpu (pip "
-            "install 'cdsurgery[gpu]') and TensorRT's libraries, or build an engine with export.to_tensorrt."
+            f"providers is 'tensorrt', and this ONNX Runtime has {', '.join(available)}. Install "
+            "TensorRT's libraries and onnxruntime-gpu (pip uninstall onnxruntime, then pip install 'cdsurgery[gpu]'), "
+            "or build an engine with export.to_tensorrt."
         )
     try:
         context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)

@@ -130,8 +130,9 @@ def _checked(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
         )
     if missing := [name for name, _ in pairs if name not in available]:
         raise InvalidInputError(
-            f"ONNX Runtime has no {', '.join(map(str, missing))} here; it has {', '.join(available)}. Install the "
-            "package that brings it (pip install 'cdsurgery[gpu]' for CUDA), or choose from these."
+            f"ONNX Runtime has no {', '.join(map(str, missing))} here; it has {', '.join(available)}. Choose from "
+            "these, or install the package that brings it; for CUDA: pip uninstall onnxruntime, which stands where the "
+            "other one goes, then pip install 'cdsurgery[gpu]'."
         )
     return pairs
 

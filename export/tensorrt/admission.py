@@ -56,7 +56,7 @@ def check_version(manifest: EngineManifest, version: str, lean_runtime: Path | N
     if lean_runtime is None:
         raise InvalidInputError(
             f"The engine was built by {manifest.package} {manifest.version} for later ones too, and {version} runs it "
-            f"in that version's lean runtime. Pass its library, libnvinfer_lean.so.{manifest.version}, as "
+            f"in that version's lean runtime. Pass its library, libnvinfer_lean.so.{_library(manifest.version)}, as "
             "lean_runtime=; it is loaded as code."
         )
 
@@ -91,6 +91,11 @@ def checked_gpu(manifest: EngineManifest) -> torch.device:
             "hardware_compatible=True for every GPU from Ampere on."
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _library(version: str) -> str:
+    """The numbers behind a library's name: three of the four that the Python package has."""
+    return ".".join(version.split(".")[:3])
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ class Built:
         plan: the serialised engine, readable as a buffer.
         log: TensorRT's messages, a line each.
         seconds: parsing and building took.
-        peak_memory_bytes: the most that this process has held on the host until then.
+        peak_memory_bytes: the most that this process has held on the host until then; None where no Unix tells it.
     """
 
     plan: Any
     log: list[str]
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
 
 
 def build(
@@ -93,8 +92,7 @@ def build(
         raise ArtifactError(_failure(trt, "cannot build an engine of", graph, log.errors))
     if timing_cache is not None and cache is not None:
         timing_cache.write_bytes(cache.serialize())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
-    return Built(plan, log.lines, time.perf_counter() - start, peak)
+    return Built(plan, log.lines, time.perf_counter() - start, _peak_memory())
 
 
 def _parse(trt: Any, network: Any, graph: Path, log: Any) -> None:
@@ -121,6 +119,14 @@ def _timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
             "and it will be made."
         )
     return cache
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows, where TensorRT-RTX is at home
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def _failure(trt: Any, what: str, graph: Path, messages: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ class EngineManifest:
         signature: every input and output.
         onnx: file -> sha256 of the graph and weights that it was built from.
         build_seconds: parsing and building took.
-        peak_memory_bytes: the most that the building process held on the host.
+        peak_memory_bytes: the most that the building process held on the host; None where it could not be asked.
         engine: {"sha256": hex, "size": bytes}.
     """
 
@@ -48,7 +48,7 @@ class EngineManifest:
     signature: Signature
     onnx: Mapping[str, str]
     build_seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     engine: Mapping[str, Any]
 
     def write(self, folder: Path) -> None:

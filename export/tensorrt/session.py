@@ -62,6 +62,16 @@ class EngineSession:
             InvalidInputError: there is no GPU, or nothing that the options could be for.
             SurgeryError: the TensorRT package that built it is not installed.
         """
+        # Attributes are freed in the order in which they are first set. So what TensorRT made stands before what made
+        # it, which its Python keeps alive for some of them only, and before the memory that it works in.
+        self._steps: DecodeSteps | None = None
+        self._contexts: list[Any] = []
+        self._kernels: Any = None
+        self._configs: list[Any] = []  # of TensorRT-RTX
+        self._engine: Any = None
+        self._runtime: Any = None
+        self._parent: Any = None  # of a lean runtime
+        self._log: Any = None
         folder = Path(folder)
         self.manifest = read_engine_manifest(folder)
         self.signature = self.manifest.signature
@@ -82,11 +92,12 @@ class EngineSession:
             )
         self._log = make_log(self._trt)
         try:
-            self._runtime = self._trt.Runtime(self._log)  # engine_host_code_allowed is False and stays so
+            self._parent = self._trt.Runtime(self._log)  # engine_host_code_allowed is False and stays so
         except TypeError as error:  # what its binding makes of a null pointer, an old driver for one
             raise ArtifactError(f"{self.manifest.package} cannot start its runtime. {_said(self._log)}") from error
+        self._runtime = self._parent
         if lean_runtime is not None:
-            self._runtime = self._runtime.load_runtime(str(lean_runtime))
+            self._runtime = self._parent.load_runtime(str(lean_runtime))
             if self._runtime is None:
                 raise ArtifactError(f"{self.manifest.package} cannot load {lean_runtime}. {_said(self._log)}")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -97,9 +108,6 @@ class EngineSession:
             self._stream_weights(caches=4 if cuda_graphs else 2)
         self._stream = torch.cuda.Stream(self.device)
         self._stand_in = torch.empty(64, dtype=torch.int64, device=self.device)
-        self._contexts: list[Any] = []  # before what they write into, so that they are gone first
-        self._kernels: Any = None
-        self._configs: list[Any] = []  # of TensorRT-RTX, as long as what was made with them
         if self._compiles:
             self._open_kernels(cache)
         else:  # runs follow each other on one stream, so that all contexts compute in the same memory
@@ -107,7 +115,8 @@ class EngineSession:
             self._memory = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
         self._contexts += [self._context(index) for index in range(len(self.manifest.profiles))]
         self._replays = decode if cuda_graphs else None
-        self._steps = None if self._replays is None else DecodeSteps(self.signature, self._replays, self.device)
+        if self._replays is not None:
+            self._steps = DecodeSteps(self.signature, self._replays, self.device)
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the engine once.
@@ -192,7 +201,9 @@ class EngineSession:
         token, fixed = cache_bytes(self.signature)
         sizes = [profile.largest() for profile in self.manifest.profiles]
         cache = max(size[BATCH] * (fixed + token * size.get(TOTAL, 0)) for size in sizes)
-        left = torch.cuda.mem_get_info(self.device)[0] - engine.device_memory_size_v2 - caches * cache - SPARE
+        # Contexts of TensorRT compute in one memory, of TensorRT-RTX each in its own.
+        work = engine.device_memory_size_v2 * (len(sizes) if self._compiles else 1)
+        left = torch.cuda.mem_get_info(self.device)[0] - work - caches * cache - SPARE
         budget = max(0, min(left, engine.streamable_weights_size))
         engine.weight_streaming_budget_v2 = budget
         if engine.weight_streaming_budget_v2 > budget:  # its Python says nothing where it refuses

@@ -42,7 +42,8 @@ class ServingOptions:
             which no model runs before the whole server is ready.
         rate_limit: resources that an instance holds while it runs, name -> count, for Triton's rate limiter.
         unary: also write NAME_unary, which answers KServe's unary requests: a decoupled model such as NAME takes none.
-        step: also write NAME_step, the bare graph, for this backend of Triton; None for no such model.
+        step: also write NAME_step, the bare graph, for this backend of Triton, of which "tensorrt" runs with kind="gpu"
+            alone; None for no such model.
         bls: run the graph through NAME_step and not in the process of NAME.
     """
 
@@ -94,6 +95,8 @@ class ServingOptions:
             _check_count(f"rate_limit[{resource!r}]", count, 1)
         if self.gpus and self.kind != "gpu":
             raise InvalidInputError(f"gpus is {list(self.gpus)} and kind is {self.kind!r}. Ask for kind='gpu'.")
+        if self.step == "tensorrt" and self.kind != "gpu":
+            raise InvalidInputError(f"step is 'tensorrt' and kind is {self.kind!r}. It runs on a GPU: kind='gpu'.")
         if self.bls and self.step is None:
             raise InvalidInputError("bls runs the graph through NAME_step: say for which backend with step.")
         if self.providers is not None and (self.kind != "gpu" or self.bls):

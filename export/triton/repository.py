@@ -23,7 +23,8 @@ from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import NAME as MANIFEST
 from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
 from cdsurgery.export.artifact.staging import copy_file, workplace
-from cdsurgery.export.tensorrt.manifest import ENGINE_FILE
+from cdsurgery.export.tensorrt.manifest import ENGINE_FILE, read_engine_manifest
+from cdsurgery.export.tensorrt.manifest import NAME as ENGINE_MANIFEST
 from cdsurgery.export.triton.config import STEP_FILES, WARM_UP_FILE, step_config, text_config, unary_config
 from cdsurgery.export.triton.options import ServingOptions
 from cdsurgery.export.triton.serving import settings as serving
@@ -54,7 +55,7 @@ def to_triton(
         repository: a folder; it is made if its parent exists. Other models in it stay as they are.
         name: of the model; what this function wrote under that name before is replaced, its twins included.
         options: how to serve it; None for the defaults of `ServingOptions`.
-        engine: a TensorRT plan of this artifact's graph, for `step="tensorrt"`.
+        engine: a TensorRT plan of this artifact's graph, for `step="tensorrt"`; TensorRT-RTX's are not for Triton.
 
     Returns:
         The folder of the model, `repository/name`.
@@ -82,6 +83,8 @@ def to_triton(
     check_files(source, manifest)
     check_external_data(source / GRAPH_FILE)
     _check_servable(source, manifest, options)
+    if engine is not None:
+        _check_engine(Path(engine), manifest)
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{repository} is not a folder. Give one that is, or one that does not exist.")
     # Beside the repository, where a server that polls it does not look.
@@ -132,6 +135,20 @@ def _check_servable(source: Path, manifest: Manifest, options: ServingOptions) -
             f"tokenizer.json by itself cuts {PROBE!r} into {alone}, and transformers into {cut}. The server has only "
             "the file, so its text would differ."
         )
+
+
+def _check_engine(engine: Path, manifest: Manifest) -> None:
+    """Of a plan that `to_tensorrt` wrote, what stands beside it: made of this graph, by what Triton's backend loads."""
+    if not (engine.parent / ENGINE_MANIFEST).is_file():
+        return
+    made = read_engine_manifest(engine.parent)
+    if made.package != "tensorrt":
+        raise InvalidInputError(
+            f"{engine} was built by {made.package}, whose engines Triton does not load. Build one of the artifact with "
+            "package='tensorrt'."
+        )
+    if any(manifest.files.get(name, {}).get("sha256") != sha256 for name, sha256 in made.onnx.items()):
+        raise InvalidInputError(f"{engine} was built of another graph than this artifact's. Give one of its own.")
 
 
 def _write_text_model(folder: Path, name: str, source: Path, manifest: Manifest, options: ServingOptions) -> None:

@@ -16,7 +16,8 @@ COUNTERS = {
     "moved": ("cdsurgery_moved_tokens_total", "Generated tokens that an earlier layer than the final one chose"),
     "depth": ("cdsurgery_depth_total", "Layers between the final and the selected one, summed over generated tokens"),
     "finished": ("cdsurgery_finished_requests_total", "Requests that were answered to the end"),
-    "failed": ("cdsurgery_failed_requests_total", "Requests that got an error"),
+    "failed": ("cdsurgery_failed_requests_total", "Requests that were taken and then got an error"),
+    "refused": ("cdsurgery_refused_requests_total", "Requests that were not taken: malformed, too long, or too many"),
     "cancelled": ("cdsurgery_cancelled_requests_total", "Requests whose client went away"),
 }
 GAUGES = {
@@ -35,6 +36,7 @@ class Counts:
     depth: int = 0
     finished: int = 0
     failed: int = 0
+    refused: int = 0
     cancelled: int = 0
     running: int = 0
     queued: int = 0

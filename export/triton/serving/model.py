@@ -67,9 +67,9 @@ class TritonPythonModel:
             try:
                 self._scheduler.submit(self._sequence(request, reply))
             except RequestError as error:
-                reply.fail(error)
+                self._refuse(reply, error)
             except Exception as error:
-                reply.fail(RequestError("INTERNAL", f"{type(error).__name__}: {error}"))
+                self._refuse(reply, RequestError("INTERNAL", f"{type(error).__name__}: {error}"))
 
     def finalize(self) -> None:
         """Stop. Triton has waited for the requests that were under way."""
@@ -77,11 +77,15 @@ class TritonPythonModel:
         self._thread.join()
         self._scheduler.close()
 
+    def _refuse(self, reply: TritonReply, error: RequestError) -> None:
+        self._scheduler.counts.refused += 1  # which no other thread writes
+        reply.fail(error)
+
     def _sequence(self, request: Any, reply: TritonReply) -> Sequence:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         parameters = json.loads(request.parameters() or "{}")
         settings = self._settings
-        asked = parse_request(tensors, parameters, settings)
+        asked = parse_request(tensors, parameters, settings, request.requested_output_names())
         prompt = encode_prompt(asked, self._encode, self._longest_entry, settings)
         now = time.monotonic()
         times = [settings.request_timeout_seconds, request.timeout() / 1e6 or None]  # KServe's timeout: microseconds
@@ -98,7 +102,8 @@ class TritonPythonModel:
         )
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text).ids)
+        # A batch of one: `encode` would keep Python's lock, and with it every running answer, for as long as it takes.
+        return list(self._tokenizer.encode_batch([text])[0].ids)
 
     def _decode(self, ids: Any) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

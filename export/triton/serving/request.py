@@ -7,7 +7,7 @@ https://github.com/triton-inference-server/server/blob/main/python/openai/openai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,16 @@ OUTPUTS: dict[str, tuple[str, int]] = {
     "entropy": ("TYPE_FP32", -1),
     "changed": ("TYPE_BOOL", -1),
 }
+# An output -> the input without which it does not come.
+FLAGS = {
+    "num_input_tokens": "return_num_input_tokens",
+    "num_output_tokens": "return_num_output_tokens",
+    "selected_layer": "return_layers",
+    "entropy": "return_layers",
+    "changed": "return_layers",
+}
+# Of stop words: each is looked for in the text at every step, in the thread that decodes for all.
+WORDS, CHARACTERS = 64, 4096
 PENALTY = 2.0  # the range of OpenAI's API
 LEAST_FACTOR = 1e-3  # of a repetition penalty, which divides
 
@@ -79,7 +89,10 @@ class GenerationRequest:
 
 
 def parse_request(
-    tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, Any], settings: Settings
+    tensors: Mapping[str, NDArray[Any]],
+    parameters: Mapping[str, Any],
+    settings: Settings,
+    outputs: Collection[str] = OUTPUTS,
 ) -> GenerationRequest:
     """Check a request.
 
@@ -87,15 +100,19 @@ def parse_request(
         tensors: the inputs that came, by name.
         parameters: the request's parameters, among which `/generate` puts every field that is no input.
         settings: with the defaults.
+        outputs: the names of those asked for; where a client names none, Triton names all.
 
     Raises:
-        RequestError: an unknown field, or a value outside of what is allowed.
+        RequestError: an unknown field, a value outside of what is allowed, or an output whose flag is not set.
     """
     if unknown := sorted(parameters):
         raise RequestError(
             "INVALID_ARG", f"Unknown fields: {', '.join(unknown)}. This model takes {', '.join(INPUTS)}."
         )
     read = _Reader(tensors)
+    for name in sorted(outputs) if len(outputs) < len(OUTPUTS) else ():
+        if name in FLAGS and not read.flag(FLAGS[name], False):
+            raise RequestError("INVALID_ARG", f"{name} is asked for, and comes with {FLAGS[name]}: true. Set it.")
     drawn = {"top_p", "top_k", "min_p"} & tensors.keys()
     greedy = settings.temperature if not drawn else settings.temperature or 1.0
     sampling = SamplingOptions(
@@ -199,7 +216,11 @@ class _Reader:
 
     def words(self, name: str) -> tuple[str, ...]:
         array = self._tensors.get(name, np.empty(0, object))
+        if array.size > WORDS:
+            raise RequestError("INVALID_ARG", f"{name} holds {array.size} texts; it may hold {WORDS}.")
         words = tuple(_decoded(name, word) for word in array.reshape(-1))
+        if (length := sum(map(len, words))) > CHARACTERS:
+            raise RequestError("INVALID_ARG", f"{name} holds {length} characters; it may hold {CHARACTERS}.")
         if "" in words:
             raise RequestError("INVALID_ARG", f"{name} holds an empty text, which would stop before the first token.")
         return words
