@@ -20,7 +20,7 @@ from cdsurgery.export.graph.cache import build_cache, cache_states
 from cdsurgery.export.options import GraphOptions, Positions
 from cdsurgery.export.signature import Signature, empty_past, torch_dtype
 from cdsurgery.taps import Taps
-from cdsurgery.trough import pick, select, trough_depth
+from cdsurgery.trough import allowed_depth, pick, select, trough_depth
 
 
 class DecoderGraph(nn.Module):
@@ -132,9 +132,7 @@ class DecoderGraph(nn.Module):
             measured.append(MEASURES[model.confident.measure](logits))
             scores.append(logits.gather(-1, wanted).float() - logits.float().logsumexp(dim=-1, keepdim=True))
         entropy = torch.stack(measured, dim=-1)
-        depth = trough_depth(entropy)
-        if allowed is not None:
-            depth = depth * allowed
+        depth = allowed_depth(entropy, allowed)
         chosen = pick(torch.stack(scores), depth)
         none = targets < 0
         logprobs = [score.squeeze(-1).masked_fill(none, 0.0) for score in (chosen, scores[0])]
