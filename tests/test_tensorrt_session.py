@@ -25,6 +25,20 @@ def installed(monkeypatch: pytest.MonkeyPatch, **options: Any) -> FakeTensorRT:
     return install(monkeypatch, engine("llama"), artifact("llama"), **options)
 
 
+def built_with(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    """Have the engine's manifest say so."""
+    manifest = replace(read_engine_manifest(engine("llama")), flags=flags)
+    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+
+
+@pytest.fixture
+def lean_runtime(tmp_path: Path) -> Path:
+    """The library of an earlier TensorRT."""
+    library = tmp_path / "libnvinfer_lean.so.1"
+    library.touch()
+    return library
+
+
 @pytest.mark.parametrize(
     ("compiles", "graphs"),
     [(False, False), (False, True), (True, False)],
@@ -117,8 +131,7 @@ def test_streamed_weights_leave_room_for_a_run_and_are_settled_before_contexts_a
         return make(config)
 
     monkeypatch.setattr(fake.engine, "create_execution_context", noted)
-    manifest = replace(read_engine_manifest(engine("llama")), flags=flags)
-    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    built_with(monkeypatch, *flags)
     export.load(engine("llama"), cuda_graphs=cuda_graphs)
     assert budgets == [budget] * 2
 
@@ -127,8 +140,7 @@ def test_contexts_of_tensorrt_rtx_compute_each_in_memory_of_its_own(monkeypatch:
     fake = installed(monkeypatch, compiles=True)
     free = 2 * 1500 + 3000 + session.SPARE + two_caches()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 50))
-    manifest = replace(read_engine_manifest(engine("llama")), flags=("WEIGHT_STREAMING",))
-    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    built_with(monkeypatch, "WEIGHT_STREAMING")
     export.load(engine("llama"))
     assert fake.engine.weight_streaming_budget_v2 == 3000
 
@@ -137,25 +149,21 @@ def test_a_budget_that_is_refused_in_silence_is_an_error(monkeypatch: pytest.Mon
     fake = installed(monkeypatch)
     fake.engine.accepts = False
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 40))
-    manifest = replace(read_engine_manifest(engine("llama")), flags=("WEIGHT_STREAMING",))
-    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    built_with(monkeypatch, "WEIGHT_STREAMING")
     with pytest.raises(ArtifactError, match="refuses to keep 0 bytes of its weights"):
         export.load(engine("llama"))
 
 
 def test_an_engine_of_an_earlier_tensorrt_runs_in_its_lean_runtime(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, lean_runtime: Path
 ) -> None:
     fake = installed(monkeypatch)
-    manifest = replace(read_engine_manifest(engine("llama")), flags=("VERSION_COMPATIBLE",))
-    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    built_with(monkeypatch, "VERSION_COMPATIBLE")
     fake.__version__ = "99.0"
-    library = tmp_path / "libnvinfer_lean.so.1"
-    library.touch()
-    export.load(engine("llama"), lean_runtime=library)
-    assert fake.lean_runtimes == [str(library)]
+    export.load(engine("llama"), lean_runtime=lean_runtime)
+    assert fake.lean_runtimes == [str(lean_runtime)]
     with pytest.raises(InvalidInputError, match="lean_runtime are for engines"):
-        export.load(artifact("llama"), lean_runtime=library)
+        export.load(artifact("llama"), lean_runtime=lean_runtime)
 
 
 @pytest.mark.parametrize(
@@ -164,15 +172,12 @@ def test_an_engine_of_an_earlier_tensorrt_runs_in_its_lean_runtime(
     ids=["tensorrt", "tensorrt, captured", "tensorrt_rtx"],
 )
 def test_what_was_made_goes_before_what_made_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiles: bool, graphs: bool
+    monkeypatch: pytest.MonkeyPatch, lean_runtime: Path, compiles: bool, graphs: bool
 ) -> None:
     fake = installed(monkeypatch, compiles=compiles)
-    manifest = replace(read_engine_manifest(engine("llama")), flags=("VERSION_COMPATIBLE",))
-    monkeypatch.setattr(session, "read_engine_manifest", lambda folder: manifest)
+    built_with(monkeypatch, "VERSION_COMPATIBLE")
     fake.__version__ = "99.0"
-    library = tmp_path / "libnvinfer_lean.so.1"
-    library.touch()
-    runner = export.load(engine("llama"), lean_runtime=library, cuda_graphs=graphs)
+    runner = export.load(engine("llama"), lean_runtime=lean_runtime, cuda_graphs=graphs)
     runner.generate(token_ids(1, 3), max_new_tokens=3, do_sample=False)
     assert fake.gone == []
     del runner
