@@ -124,7 +124,7 @@ def analyze(model: Any, windows: Iterable[Tensor], *, layers: int) -> Analysis:
         layers: L, the model's decoder layers.
 
     Raises:
-        InvalidInputError: there is no window, one is too short, or the model is wrapped with `probability=0`.
+        InvalidInputError: there is no window, one is too short, the model selects no layers, or has not that many.
     """
     sums: dict[str, Tensor] = {}
     changes: list[Change] = []
@@ -154,12 +154,14 @@ def _read(model: Any, window: Tensor, layers: int) -> tuple[dict[str, Tensor], l
         )
     ids = window[None, :-1].to(model.device)
     output = model(**taken(model.forward, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-    if output.entropy is None:
+    if getattr(output, "entropy", None) is None:
         raise InvalidInputError(
-            "The model is wrapped with probability=0, which is ordinary decoding: it selects no layers. Wrap it with a "
-            "probability above 0."
+            "The model is not wrapped, or with probability=0, which is ordinary decoding: it selects no layers. Wrap "
+            "it with a probability above 0."
         )
     entropy, depth = output.entropy[0].cpu(), layers - output.selected_layer[0].cpu()
+    if depth.min() < 0 or depth.max() >= entropy.shape[-1]:
+        raise InvalidInputError(f"layers is {layers}, and the model is not of so many. Give the number that it has.")
     follows = window[1:].cpu()
     final_token, final_nll = _predicted(output.final_logits[0], follows)
     selected_token, selected_nll = _predicted(output.logits[0], follows)

@@ -85,7 +85,7 @@ def tail_logits(
 def unembedding_input(model: PreTrainedModel, anatomy: Anatomy, state: Tensor) -> Tensor:
     """The tail up to the unembedding: a state as `tail_logits` takes it -> `[B, T, D]`."""
     for step in anatomy.before_unembedding:
-        state = model.get_submodule(step)(state) if isinstance(step, str) else step.apply(state, step.value(model))
+        state = model.get_submodule(step)(state) if isinstance(step, str) else step.of(model, state)
     return state
 
 
@@ -99,7 +99,7 @@ def unembedded(
 def logits_of_products(model: PreTrainedModel, anatomy: Anatomy, logits: Tensor) -> Tensor:
     """The tail behind the unembedding: what that returns, `[..., V]` -> the same as the model's logits."""
     for step in anatomy.after_unembedding:
-        logits = step.apply(logits, step.value(model))
+        logits = step.of(model, logits)
     return logits
 
 

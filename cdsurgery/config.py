@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 
@@ -45,9 +46,9 @@ class ConfidentConfig:
             raise InvalidInputError(f"probability is {self.probability!r}; it must be a number in [0, 1].")
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**32):
             raise InvalidInputError(f"seed is {self.seed!r}; it must be None or an integer in [0, 2**32).")
-        if self.measure not in MEASURES:
+        if not isinstance(self.measure, str) or self.measure not in MEASURES:
             raise InvalidInputError(f"measure is {self.measure!r}; it must be one of {', '.join(MEASURES)}.")
-        if self.scan not in SCANS:
+        if not isinstance(self.scan, str) or self.scan not in SCANS:
             raise InvalidInputError(f"scan is {self.scan!r}; it must be one of {', '.join(SCANS)}.")
         if self.scan == "fused" and self.measure != "entropy":
             raise InvalidInputError(
@@ -59,7 +60,8 @@ class ConfidentConfig:
         """The same options for a model of `layers` layers: `lookback` an int, a `seed` wherever one is needed."""
         deepest = layers - 1
         if isinstance(self.lookback, float):
-            lookback = min(math.ceil(self.lookback * layers), deepest)
+            # The share as it is written: as a float, 0.14 of 50 layers is a little more than 7.
+            lookback = min(math.ceil(Fraction(str(self.lookback)) * layers), deepest)
         elif self.lookback > deepest and self.lookback != DEFAULT_LOOKBACK:
             raise InvalidInputError(
                 f"lookback is {self.lookback}, but the model has {layers} decoder layers, which leaves {deepest} to "

@@ -76,6 +76,8 @@ def fused_unembedding(model: PreTrainedModel, anatomy: Anatomy) -> FusedUnembedd
     counted, scale, softcap, widened = weight.shape[0], 1.0, None, False
     for row in anatomy.after_unembedding:
         kind, value = _KINDS.get(row.apply), row.value(model)
+        if value is None:  # switched off since
+            continue
         if kind == "in float32" and scale == 1 and softcap is None:
             widened = True
         elif kind not in _LOGITS or not isinstance(value, (int, float)):

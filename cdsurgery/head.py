@@ -199,13 +199,15 @@ class ConfidentHead(nn.Module):
 
     def _of_fewer_layers(self, plain: Any, states: list[Tensor]) -> ConfidentOutput:
         """The output of a forward in which layers did not run: a draft's, of assisted generation by early exit."""
-        if self._generating:
+        model, layers = cast(Any, self), len(self.anatomy.layers)
+        # For a draft, transformers tells the decoder that it has fewer layers.
+        if self._generating and getattr(model.base_model.config, "num_hidden_layers", layers) < layers:
             return self._final_output(plain)
-        layers = len(self.anatomy.layers)
         left = ", ".join(str(layers - 1 - back) for back, state in enumerate(states) if state is None)
         raise SurgeryError(
-            f"Layers {left} of this {type(self).__name__} did not run, as layerdrop leaves some out in training, so "
-            "there is nothing to select from. Set layerdrop to 0, call model.eval(), or unwrap the model to train it."
+            f"Layers {left} of this {type(self).__name__} did not run, so there is nothing to select from. Have they "
+            "been replaced since the model was wrapped, wrap it again: cdsurgery.wrap(cdsurgery.unwrap(model)). "
+            "Layerdrop leaves some out in training: set it to 0, call model.eval(), or unwrap the model to train it."
         )
 
     def _plain_output(self, inputs: dict[str, Any]) -> ConfidentOutput:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -41,12 +43,26 @@ def load_causal_lm(source: Source) -> PreTrainedModel:
             f"{source} is a {config.model_type}, for which transformers has no causal LM. Use a decoder-only model."
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidInputError(
             f"The weights of {source} could not be loaded: {_first_line(error)} Allowed are safetensors files; pickled "
             "weights are never loaded. Convert them with save_pretrained on a machine that trusts them."
         ) from error
+    except (KeyError, TypeError, AttributeError) as error:  # what a config says that no model of its kind can be
+        raise InvalidInputError(
+            f"{source} cannot be built from its config.json ({type(error).__name__}: {_first_line(error)}). Correct "
+            "it, or give the folder that save_pretrained wrote."
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise InvalidInputError(
+            f"The weights of {source} lack {len(missing)} of the model's tensors, such as {missing[0]}, which would be "
+            "random numbers. Its config.json belongs to other weights, or it is a model without its language head."
+        )
+    return model
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -63,6 +79,11 @@ def load_config(source: Source) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"The config.json of {source} is not that of a model: {_first_line(error)} Correct it, or give the folder "
+            "that save_pretrained wrote."
+        ) from error
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{source} is neither a local folder nor a Hub model that can be reached: {_first_line(error)} Check the "
@@ -79,7 +100,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever the parsers of a dozen formats make of a file
         raise InvalidInputError(
             f"No tokenizer could be loaded from {source}: {_first_line(error)} Save it into the same folder with "
             "tokenizer.save_pretrained."

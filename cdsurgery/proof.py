@@ -39,6 +39,7 @@ def proven_anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anat
     with at_rest(model), torch.compiler.set_stance("force_eager"):
         inputs = probe_inputs(model)
         calls, logits = record(model, inputs)
+        _require_numbers(model, logits)
         _require_whole(model, calls)
         _require_causal(model, logits)
         replaced = functools.partial(replaced_logits, model, inputs, calls)
@@ -99,6 +100,14 @@ def _require_parts(model: PreTrainedModel, anatomy: Anatomy) -> None:
             f"The anatomy given for {type(model).__name__} names {missing or 'no layers or no modules of a tail'}. "
             "Layers and tail need the paths of modules, as model.named_modules() lists them; the last of the tail's is "
             "the unembedding."
+        )
+
+
+def _require_numbers(model: PreTrainedModel, logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its logits on a few tokens are NaN in {model.dtype}, so nothing can be proven. "
+            "Its weights are broken, or its numbers are too large for this dtype: try bfloat16 or float32."
         )
 
 
@@ -174,7 +183,14 @@ def _prove(
                 f"{apart:.3g}). Something between the layers and the logits is not in it, so wrapping would change "
                 "results."
             )
-    if not _near(candidate_logits(model, anatomy, [last, before]), torch.stack([logits, replaced])):
+    try:
+        together = candidate_logits(model, anatomy, [last, before])
+    except (RuntimeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"{name}: its states of shape {list(last.shape)} do not go through its tail side by side as a batch on "
+            f"axis {anatomy.batch_axis} ({type(error).__name__}: {error}). That axis is Anatomy.batch_axis."
+        ) from error
+    if not _near(together, torch.stack([logits, replaced])):
         raise UnsupportedModelError(
             f"{name}: the tail {anatomy} mixes the rows of a batch: it gives a state other logits in company than "
             "alone, so candidates cannot be compared."

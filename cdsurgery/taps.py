@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cdsurgery.errors import SurgeryError
@@ -16,7 +17,8 @@ class Taps:
     """Forward hooks that note what the given layers return, only while a `reading` is open.
 
     The hooks stay on the layers for good: adding and removing them at every step would cost time and break compiled
-    and captured graphs. Outside of a reading they do nothing.
+    and captured graphs. Outside of a reading they do nothing. They go behind hooks that came after them, so that what
+    somebody's hook makes of a layer's output is the state that is noted, as it is the one that flows on.
 
     Args:
         layers: in the order in which their states are wanted.
@@ -43,11 +45,19 @@ class Taps:
                 "or give each thread its own wrapped copy of the model."
             )
         self.keep = keep
+        if not torch.compiler.is_compiling():
+            self._go_last()
         try:
             yield self.states  # type: ignore[misc]
         finally:
             self.states = [None] * len(self.states)
             self.keep = None
+
+    def _go_last(self) -> None:
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and handle.id in hooks:  # the layer may be another one by now
+                hooks.move_to_end(handle.id)
 
     def remove(self) -> None:
         """Take the hooks off the layers."""

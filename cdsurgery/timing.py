@@ -55,7 +55,7 @@ def interleaved(
     timings = []
     for name in names:
         ratios = [own / first for own, first in zip(counted[name], counted[names[0]], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         mean, base = statistics.fmean(counted[name]), statistics.fmean(counted[names[0]])
         timings.append(Timing(name, 1e3 * mean, mean / base, low, middle, high))
     return timings

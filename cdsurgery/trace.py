@@ -88,12 +88,13 @@ def trace_generation(model: Any, inputs: dict[str, Tensor], *, layers: int, **op
         InvalidInputError: there are several prompts, beams or answers, or a step is of several tokens.
     """
     several = {"prompts": inputs["input_ids"].shape[0]}
+    told = options.get("generation_config") or model.generation_config
     for name in ("num_beams", "num_return_sequences"):
-        several[name] = options.get(name) or getattr(model.generation_config, name, None) or 1
+        several[name] = options.get(name) or getattr(told, name, None) or 1
     if found := [f"{name}={count}" for name, count in several.items() if count != 1]:
         raise InvalidInputError(f"A trace follows one text, and there are {', '.join(found)}. Trace one at a time.")
     drafting = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-    if found := [name for name in drafting if options.get(name) or getattr(model.generation_config, name, None)]:
+    if found := [name for name in drafting if options.get(name, getattr(told, name, None))]:
         raise InvalidInputError(
             f"A trace follows steps of one token, and with {', '.join(found)} a step has several. Leave it out."
         )

@@ -43,6 +43,11 @@ class Transform:
         except AttributeError:
             return getattr(model.config.get_text_config(), self.option, None)
 
+    def of(self, model: PreTrainedModel, x: Tensor) -> Tensor:
+        """The state or logits after it; as they are where it is not done, which may be switched off in a config."""
+        value = self.value(model)
+        return x if value is None else self.apply(x, value)
+
 
 def declared_transforms(model: PreTrainedModel) -> list[Transform]:
     """The rows whose option this model has, each with the full path of the part that holds its value."""

@@ -61,6 +61,8 @@ def wrap(
         SurgeryError: the model is wrapped already.
     """
     config = ConfidentConfig(lookback, probability, seed, measure, scan)
+    if not (anatomy is None or isinstance(anatomy, Anatomy)):
+        raise InvalidInputError(f"anatomy is a {type(anatomy).__name__}; it must be a cdsurgery.Anatomy, or None.")
     if not isinstance(model, nn.Module):
         if not isinstance(model, (str, os.PathLike)):
             raise InvalidInputError(

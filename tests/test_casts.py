@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cdsurgery
-from cdsurgery import SurgeryError
+from cdsurgery import SurgeryError, UnsupportedModelError
 
 LOOKBACK = 3
 IDS = token_ids(3, 12)
@@ -105,3 +105,27 @@ def test_casting_leaves_options_and_taps_as_they_were() -> None:
     assert model.confident is confident and model._taps is taps
     before: Tensor = model.backbone.embeddings.weight
     assert cdsurgery.unwrap(model).backbone.embeddings.weight is before
+
+
+def test_logits_that_are_nan_are_said_to_be() -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.data[3, 5] = float("nan")
+    with pytest.raises(UnsupportedModelError, match=r"NaN in torch\.float32, so nothing can be proven"):
+        cdsurgery.wrap(model, lookback=LOOKBACK)
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data.mul_(1e7)  # more than float16 holds
+    with pytest.raises(SurgeryError, match=r"cast to torch\.float16, and cannot be proven in it: .* NaN in"):
+        cdsurgery.wrap(model, lookback=LOOKBACK).half()
+
+
+@pytest.mark.parametrize("scan", ["full", "lazy", "fused"])
+def test_a_softcap_that_is_switched_off_is_off_for_all_layers(scan: str) -> None:
+    model = cdsurgery.wrap(tiny_model("gemma2"), lookback=LOOKBACK, scan=scan)
+    plain = tiny_model("gemma2")
+    for one in (model, plain):
+        one.config.final_logit_softcapping = None
+    true = truth(plain, LOOKBACK, input_ids=IDS)
+    with torch.no_grad():
+        out = model(IDS)
+    assert torch.equal(out.selected_layer, true.layer)
+    torch.testing.assert_close(out.logits, true.logits, rtol=0, atol=0 if scan == "full" else 1e-5)  # sums, reordered

@@ -93,6 +93,8 @@ def test_an_integer_lookback_within_the_depth_is_taken_as_it_is(layers: int) -> 
         (0.5, 28, 14),
         (0.01, 28, 1),
         (5e-324, 28, 1),
+        (0.14, 50, 7),  # as floats, a little more
+        (0.56, 50, 28),
         (1.0, 28, 27),  # 28 clipped: the final layer is where the scan starts
         (0.99, 12, 11),
         (1.0, 2, 1),

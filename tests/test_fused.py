@@ -115,6 +115,9 @@ def test_what_else_is_done_to_logits_is_refused() -> None:
             fused_unembedding(model, tail_of(*rows))
     head = fused_unembedding(model, tail_of(scale, softcap))
     assert (head.scale, head.softcap) == (0.5, 8.0)
+    model.config.final_logit_softcapping = None  # switched off, as a model then does without it
+    head = fused_unembedding(model, tail_of(scale, softcap))
+    assert (head.scale, head.softcap) == (0.5, None)
     model.config.logit_scale = torch.tensor(0.5)
     with pytest.raises(UnsupportedModelError, match=r"its logits go through \(scale\), whose value is tensor"):
         fused_unembedding(model, tail_of(scale))

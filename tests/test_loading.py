@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +86,29 @@ def test_weights_that_do_not_fit_or_are_truncated_and_a_missing_tokenizer_are_sa
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InvalidInputError, match="could not be loaded"):
         load_causal_lm(tmp_path)
+
+
+def test_weights_that_are_not_there_are_never_random(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    with pytest.raises(InvalidInputError, match=r"lack 9 of the model's tensors, such as model\.layers\.6\."):
+        cdsurgery.wrap(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "null", r"The config\.json of .* is not that of a model"),
+        ("config.json", {"hidden_size": "x"}, r"The config\.json of .* is not that of a model.*'hidden_size'"),
+        ("config.json", {"hidden_act": "nope"}, r"cannot be built from its config\.json \(KeyError: 'nope'\)"),
+        ("tokenizer.json", "{}", "No tokenizer could be loaded"),
+    ],
+)
+def test_files_that_make_no_sense_are_named(tmp_path: Path, file: str, content: Any, message: str) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((tmp_path / file).read_text()) | content)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InvalidInputError, match=message):
+        load_tokenizer(tmp_path) if file == "tokenizer.json" else load_causal_lm(tmp_path)

@@ -271,6 +271,8 @@ def test_a_bad_option_is_refused_and_leaves_the_model_as_it_was() -> None:
     for options in (*bad, {"lookback": 6}, {"lookback": 6, "scan": "fused"}):
         with pytest.raises(InvalidInputError, match=f"{next(iter(options))} is {next(iter(options.values()))!r}"):
             cdsurgery.wrap(model, **options)
+    with pytest.raises(InvalidInputError, match=r"anatomy is a str; it must be a cdsurgery\.Anatomy"):
+        cdsurgery.wrap(model, anatomy="model.layers")  # type: ignore[arg-type]
     assert [type(module) for module in model.modules()] == parts and model.__dict__ == attributes
 
 

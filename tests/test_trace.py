@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import cdsurgery
 from cdsurgery.errors import InvalidInputError
@@ -95,6 +95,9 @@ def test_a_text_is_followed_whatever_the_model_was_told_to_return_and_drafts_are
     assert found.ids == true.ids and len(true.ids) == 3
     with pytest.raises(InvalidInputError, match="with prompt_lookup_num_tokens a step has several"):
         trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, prompt_lookup_num_tokens=2)
+    config = GenerationConfig(max_new_tokens=3, prompt_lookup_num_tokens=2)
+    with pytest.raises(InvalidInputError, match="with prompt_lookup_num_tokens a step has several"):
+        trace_generation(model, inputs, layers=LAYERS, generation_config=config)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
@@ -102,6 +105,8 @@ def test_several_texts_are_refused(model: Any, inputs: dict[str, torch.Tensor], 
     name, count = next(iter(options.items()))
     with pytest.raises(InvalidInputError, match=f"follows one text, and there are {name}={count}"):
         trace_generation(model, inputs, layers=LAYERS, max_new_tokens=2, **options)
+    with pytest.raises(InvalidInputError, match=f"follows one text, and there are {name}={count}"):
+        trace_generation(model, inputs, layers=LAYERS, generation_config=GenerationConfig(max_new_tokens=2, **options))
     two = {key: value.repeat(2, 1) for key, value in inputs.items()}
     with pytest.raises(InvalidInputError, match="prompts=2"):
         trace_generation(model, two, layers=LAYERS, max_new_tokens=2)

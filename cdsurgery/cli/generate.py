@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from cdsurgery.cli.model import add_device_argument, is_artifact, load, load_art
 from cdsurgery.cli.screen import Screen, TokenCounter, visible
 from cdsurgery.cli.text import check_prompt, decode, encode
 from cdsurgery.cli.wrapping import add_wrapping_arguments, given_flags, wrapping_config
-from cdsurgery.errors import InvalidInputError
+from cdsurgery.errors import InvalidInputError, SurgeryError
 
 if TYPE_CHECKING:
     from cdsurgery.trace import Trace
@@ -20,6 +21,9 @@ DESCRIPTION = """\
 Continue a text, each token chosen by the most confident of the last layers. MODEL is a model, which runs in PyTorch, or
 a folder that `cdsurgery export` made, which runs in ONNX Runtime or TensorRT. Greedy unless --sample is given."""
 EXAMPLE = 'cdsurgery generate examples/tiny_lm "def " --max-new-tokens 48'
+
+
+LEAST_TEMPERATURE = 1e-6  # logits divided by less may be infinite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +74,10 @@ def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `generate` of transformers takes, checked here because its own checks come late and as warnings."""
     if options.max_new_tokens < 1:
         raise InvalidInputError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
-    if options.temperature is not None and not options.temperature > 0:
+    if options.temperature is not None and not LEAST_TEMPERATURE <= options.temperature < math.inf:
         raise InvalidInputError(
-            f"--temperature is {options.temperature}; it must be greater than 0. For the likeliest token every time, "
-            "leave --sample out."
+            f"--temperature is {options.temperature}; it must be a number of at least {LEAST_TEMPERATURE:g}. For the "
+            "likeliest token every time, leave --sample out."
         )
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise InvalidInputError(f"--top-p is {options.top_p}; it must be in (0, 1].")
@@ -81,7 +85,9 @@ def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in sampling.items() if value is not None}
     if given and not options.sample:
         raise InvalidInputError("--temperature and --top-p change how tokens are drawn; add --sample to draw them.")
-    return {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample} | given
+    # One text, token by token, whatever the model's own generation_config.json asks for.
+    one = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None}
+    return {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample} | one | given
 
 
 def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int | None]:
@@ -117,11 +123,16 @@ def _generate(
     """The new token ids, and which layer chose each where the model is wrapped."""
     from cdsurgery.trace import trace_generation
 
-    if layers is None:
-        sequence = model.generate(**inputs, **generation, return_dict_in_generate=False)[0]
-        return sequence[inputs["input_ids"].shape[1] :].tolist(), None
-    trace = trace_generation(model, inputs, layers=layers, **generation)
-    return trace.ids, trace
+    try:
+        if layers is None:
+            sequence = model.generate(**inputs, **generation, return_dict_in_generate=False)[0]
+            return sequence[inputs["input_ids"].shape[1] :].tolist(), None
+        trace = trace_generation(model, inputs, layers=layers, **generation)
+        return trace.ids, trace
+    except SurgeryError:
+        raise
+    except ValueError as error:
+        raise InvalidInputError(f"Nothing can be generated: {error} See the model's generation_config.json.") from error
 
 
 def _moved(trace: Trace | None) -> str:

@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse an empty prompt, before anything is loaded for it."""
+    """Refuse what is no prompt, before anything is loaded for it."""
     if not prompt:
         raise InvalidInputError("The prompt is empty. Give the beginning of a text, for example 'def '.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps the bytes of a command line that it cannot decode
+        raise InvalidInputError(f"The prompt is not UTF-8: {prompt!r}. Give a text, in UTF-8.") from error
 
 
 def encode(
@@ -26,7 +30,7 @@ def encode(
         InvalidInputError: nothing to start from, ids the model does not have, or more than its context holds.
     """
     check_prompt(prompt)
-    encoded = tokenizer(prompt, return_tensors="pt")
+    encoded = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
     ids: Any = encoded["input_ids"]
     if ids.shape[1] == 0:
         raise InvalidInputError(f"The prompt {prompt!r} has no tokens for this tokenizer. Give another beginning.")

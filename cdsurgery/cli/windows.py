@@ -23,10 +23,12 @@ def read_texts(files: Sequence[str] | None) -> dict[str, str]:
     """Name -> text of each file, or of standard input where no file is named.
 
     Raises:
-        InvalidInputError: one cannot be read or is not UTF-8, or standard input is a terminal.
+        InvalidInputError: one cannot be read, is not UTF-8 or is named twice, or standard input is a terminal.
     """
     if files is None and sys.stdin.isatty():
         raise InvalidInputError("There is no text. Name files with --text FILE, or pipe one in.")
+    if files is not None and (twice := sorted({name for name in files if files.count(name) > 1})):
+        raise InvalidInputError(f"{', '.join(twice)} is named more than once. Name each file once.")
     texts = {}
     for name in files or [STANDARD_INPUT]:
         try:
