@@ -128,10 +128,7 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
     }
     shapes: dict[str, Any] = {name: dynamic[name] for name in inputs if name in dynamic}
     shapes["past"] = [dynamic[spec.name] for spec in signature.past]
-    # Around the float32 operators of linear attention in a half-precision model, transformers' fusions join norms of
-    # two dtypes into one operator, which ONNX Runtime refuses.
-    mixed = model.dtype != torch.float32 and any(spec.name.endswith(".recurrent") for spec in signature.past)
-    fusions = None if options.target == "portable" or mixed else options.target
+    fusions = options.target if options.target != "portable" and _can_fuse(model, signature) else None
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, ort_fusions=fusions)
     exporter: Any = OnnxExporter
     tracing = traceable_linear_attention(model, options.target)
@@ -142,6 +139,17 @@ def _trace(model: Any, signature: Signature, options: GraphOptions) -> onnx_ir.M
         program: onnx_ir.Model = exporter().export(graph, inputs, config=config).program
     expand_delta_rule(program)
     return program
+
+
+def _can_fuse(model: Any, signature: Signature) -> bool:
+    """Whether transformers' fusions leave the graph what it is.
+
+    In half precision they join tensors of two dtypes into one norm, which ONNX Runtime refuses, around the float32
+    operators of linear attention and in Gemma's norms, whose scales are float32. Of gpt_oss they make another model.
+    """
+    family = model.config.get_text_config().model_type
+    changed = "gemma" in family or family == "gpt_oss" or any(one.name.endswith(".recurrent") for one in signature.past)
+    return model.dtype == torch.float32 or not changed
 
 
 def _name(model: onnx_ir.Model, signature: Signature) -> None:

@@ -14,7 +14,7 @@ from grafts import LOOKBACK, MODELS, OWN, TWINS, Client, foreign, grafted, prese
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from cdsurgery import export
+from cdsurgery import InvalidInputError, export
 from cdsurgery.export.artifact.manifest import read_manifest
 from cdsurgery.export.graft import decoder
 
@@ -149,6 +149,21 @@ def test_the_runner_generates_the_tokens_of_pytorch(name: str) -> None:
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": ones(1, 5)}
     truth = wrapped(name).generate(ids, **options)  # type: ignore[attr-defined]
     assert torch.equal(runner.generate(ids, **options), truth)
+
+
+def test_a_graph_that_counts_its_positions_itself_is_asked_for_no_others() -> None:
+    runner, mask = export.load(grafted("optimum-gemma2")), ones(2, 5)
+    mask[0, 3:] = 0
+    out = runner(tokens(2, 5), attention_mask=mask)  # right so far
+    longer = torch.cat([mask, ones(2, 1)], dim=-1)
+    with pytest.raises(InvalidInputError, match=r"Row 0 of attention_mask holds a 0 between tokens.*: pad on the left"):
+        runner(tokens(2, 1), attention_mask=longer, past_key_values=out.past_key_values)
+    with pytest.raises(InvalidInputError, match=r"position_ids are not one after another.*Leave them out"):
+        runner(tokens(1, 4), position_ids=torch.tensor([[3, 9, 20, 40]]))
+    mask = mask.flip(-1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    plain = runner(tokens(2, 5), attention_mask=mask)
+    assert torch.equal(runner(tokens(2, 5), attention_mask=mask, position_ids=positions).logits, plain.logits)
 
 
 def test_an_artifact_passes_the_verification_of_exported_ones() -> None:

@@ -63,6 +63,13 @@ def one_cache_output_less(graph: Any) -> None:
     del graph.output[-1]
 
 
+def a_cache_by_other_names(graph: Any) -> None:
+    (past,) = [value for value in graph.input if value.name == "past_key_values.0.key"]
+    past.name = "past_key_0"
+    for node in graph.node:
+        node.input[:] = [past.name if name == "past_key_values.0.key" else name for name in node.input]
+
+
 def weights_from_tokens(graph: Any) -> None:
     """A head whose weights depend on the input: what it multiplies with is no constant."""
     (head,) = [node for node in graph.node if "logits" in node.output]
@@ -101,7 +108,8 @@ STRANGERS = {
     "a cut vocabulary": (cut_vocabulary, r"Slice \('cut'\), and it cuts the last axis"),
     "no logits": (no_logits, "no output named 'logits'.*present.0.key"),
     "no mask": (without_mask, "no input named 'attention_mask'.*input_ids, mask"),
-    "a cache that does not close": (one_cache_output_less, "one numbered output for each numbered input"),
+    "a cache that does not close": (one_cache_output_less, "one numbered output for each input"),
+    "a cache by other names": (a_cache_by_other_names, r"whose name ends in a layer's number and key or value"),
     "softmax": (
         insert_before_head("Softmax", axis=1),
         r"Softmax \('stranger'\), and it is not known to treat every row",

@@ -35,6 +35,13 @@ def test_the_cpu_target_has_its_operators_and_passes_the_same_comparison(family:
     assert export.verify(folder, wrapped(family), new_tokens=16).passed
 
 
+@pytest.mark.parametrize("family", mostly(["gemma2"], ["gemma2", "gemma3_text", "gpt_oss"]))
+def test_half_precision_is_left_as_it_is_where_fusions_would_change_it(family: str) -> None:
+    folder = artifact(family, dtype=torch.float16, target="cpu")
+    assert not operators(folder) & {SKIP_NORM, "SimplifiedLayerNormalization"}
+    assert export.verify(folder, wrapped(family, torch.float16)).passed
+
+
 def test_the_cuda_target_fuses_attention(tmp_path: Path) -> None:
     """Which has CPU kernels too, so that the graph can be compared."""
     model = cdsurgery.wrap(tiny_model("llama", num_hidden_layers=2), lookback=1)

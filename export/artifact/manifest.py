@@ -127,7 +127,7 @@ def read_versioned(
         found = fields["schema_version"]
         if found == version:
             return parse(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not {what} ({type(error).__name__}: {error}). {remedy}") from error
     raise ArtifactError(f"{path} has schema version {found}; this cdsurgery reads version {version}. {other}")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
@@ -58,7 +59,7 @@ def read_config(model: Path) -> PreTrainedConfig:
     if (folder / CONFIG).is_file():
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
             raise InvalidInputError(f"{folder / CONFIG} cannot be used: {error}") from error
     if (folder / GENAI).is_file():
         try:

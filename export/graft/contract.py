@@ -15,6 +15,7 @@ import onnx_ir
 from cdsurgery.export.graft.companions import Facts
 from cdsurgery.export.graft.flow import describe, refuse
 from cdsurgery.export.graft.head import OUTPUTS
+from cdsurgery.export.graph.cache import part_of
 from cdsurgery.export.options import Positions
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, TensorSpec
 
@@ -95,11 +96,13 @@ def read_contract(graph: onnx_ir.Graph) -> Contract:
             raise refuse(f"its input '{name}' has the shape {value.shape}; it must have two axes, [batch, sequence].")
     past = sorted((value for name, value in inputs.items() if name not in _AXES), key=_place)
     present = sorted((value for name, value in outputs.items() if name != LOGITS), key=_place)
-    unknown = [str(value.name) for value in (*past, *present) if not re.search(r"\d", str(value.name))]
+    unknown = [str(value.name) for value in past if part_of(str(value.name)) not in ("key", "value")]
+    unknown += [str(value.name) for value in present if not re.search(r"\d", str(value.name))]
     if unknown or len(past) != len(present):
         raise refuse(
             f"beside tokens and logits it has the inputs {_list(v.name for v in past)} and the outputs "
-            f"{_list(v.name for v in present)}. They must be the cache, one numbered output for each numbered input."
+            f"{_list(v.name for v in present)}. They must be the cache, one numbered output for each "
+            "input, whose name ends in a layer's number and key or value, as past_key_values.0.key."
         )
     logits = outputs[LOGITS]
     size = None if logits.shape is None else logits.shape[-1]

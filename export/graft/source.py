@@ -42,9 +42,11 @@ def _check_external(file: Path, tensor: onnx_ir.ExternalTensor) -> None:
 
     Names that lead elsewhere read foreign files into the artifact (CVE-2022-25882, CVE-2024-27318).
     """
-    location = os.fspath(tensor.location)
-    place = file.parent / location
     name = f"The weight '{tensor.name}' of {file}"
+    location = os.fspath(tensor.location)
+    if not isinstance(location, str):  # bytes, where a file is damaged
+        raise ArtifactError(f"{name} is stored at {location!r}, which is no name of a file. Get the file again.")
+    place = file.parent / location
     if os.path.isabs(location) or Path(location).name != location or location in ("", ".", ".."):
         raise ArtifactError(f"{name} is stored at '{location}'; weights may lie only in files beside the model.")
     if not place.exists() and not place.is_symlink():

@@ -82,11 +82,20 @@ def build_cache(names: Sequence[str], tensors: Iterable[Tensor]) -> DynamicCache
     return cache
 
 
+_PAST = r"(\d+)\W(\w+?)s?$"
+
+
 def _parsed(name: str) -> tuple[int, str]:
     """ "past_key_values.3.key" -> (3, "key"), and so do the names that other exporters give, ".3.keys" among them."""
-    match = re.search(r"(\d+)\W(\w+?)s?$", name)
+    match = re.search(_PAST, name)
     assert match is not None, name
     return int(match[1]), match[2]
+
+
+def part_of(name: str) -> str | None:
+    """What a past input of that name holds of its layer: "key", "value" and so on; None where the name does not say."""
+    match = re.search(_PAST, name)
+    return None if match is None else match[2]
 
 
 def _layer(parts: dict[str, Tensor]) -> Any:

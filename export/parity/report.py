@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,7 +79,7 @@ class Report:
     def allowed(self) -> Tolerance:
         """The tolerance, widened to what rounding does to this model where that was measured."""
         t, noise = self.tolerance, self.noise
-        if noise is None:
+        if noise is None or not all(map(math.isfinite, (noise.final_logits, noise.logits, noise.entropy))):
             return t
         logits = NOISE_FACTOR * max(noise.final_logits, noise.logits)
         entropy = NOISE_FACTOR * noise.entropy

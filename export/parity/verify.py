@@ -12,6 +12,7 @@ is from that. Some models amplify rounding, and no second runtime can be closer 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -69,7 +70,12 @@ def verify(
     """
     runner, model = artifact if isinstance(artifact, Runner) else load(artifact), adapted_model(model)
     _check_options(runner, model)
-    shapes = [shape for shape in SHAPES if _takes_all(runner, shape[0], shape[1:])]
+    context = getattr(runner.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    shapes = [shape for shape in SHAPES if sum(shape[1:]) <= context and _takes_all(runner, shape[0], shape[1:])]
+    if not shapes and context < math.inf:
+        raise InvalidInputError(
+            f"The model's context is {context} tokens, and the least that is compared is one and two more."
+        )
     if not shapes:
         raise InvalidInputError(
             f"The profiles of the engine in {runner.folder} take no text of one token and two more, which is the least "
@@ -86,7 +92,7 @@ def verify(
             prompts = prompts or [
                 torch.randint(vocabulary, (length,), generator=generator).tolist()
                 for length in (1, 2, 3, 5, 8, 13)
-                if _takes_all(runner, 1, [length, *[1] * (new_tokens - 1)])
+                if length + new_tokens <= context and _takes_all(runner, 1, [length, *[1] * (new_tokens - 1)])
             ]
             rows = max(count for count in range(1, TEXTS_AT_ONCE + 1) if _takes_all(runner, count, [1]) or count == 1)
             for first in range(0, len(prompts), rows):
@@ -188,8 +194,17 @@ def _compare_shape(
         ours, theirs = _rows(sides[0], kept, wanted), _rows(sides[1], projected, wanted)
         if isinstance(found, Runner) and found.manifest.options.scan == "lazy":
             ours[-1] = _with_unmeasured(ours[-1], theirs[-1], found.manifest.layers - ours[-2])
-        report.add_rows(ours, theirs, logit_scale(sides[1].final_logits.cpu()[projected]), closest[kept])
+        scale, routing = logit_scale(sides[1].final_logits.cpu()[projected]), closest[kept]
+        if not isinstance(found, Runner):
+            # Eager attention makes NaN of rows beside padding in float64: they do not show how noisy the model is.
+            known = theirs[1].isfinite().all(dim=-1)
+            ours, theirs, scale, routing = _some(ours, known), _some(theirs, known), scale[known], routing[known]
+        report.add_rows(ours, theirs, scale, routing)
         closest = closest[:, -1:]
+
+
+def _some(fields: list[Tensor], rows: Tensor) -> list[Tensor]:
+    return [field[rows] for field in fields]
 
 
 def _positions(model: Any) -> str:

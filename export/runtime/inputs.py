@@ -72,6 +72,32 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_counted(mask: Tensor, positions: Tensor | None, cached: int) -> None:
+    """Refuse what a graph without `position_ids` would compute wrongly: it counts from the cache's length on.
+
+    Args:
+        mask: `[B, P+S]` of 0 and 1.
+        positions: `[B, S]` that were asked for, or None.
+        cached: P.
+
+    Raises:
+        InvalidInputError: a row has padding between tokens, or positions that are not one after another.
+    """
+    beginnings = mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(dim=-1)
+    if (parted := beginnings > 1).any():
+        raise InvalidInputError(
+            f"Row {int(parted.nonzero()[0])} of attention_mask holds a 0 between tokens, as of a prompt that was "
+            "padded on the right and goes on. This artifact was grafted from a file without position_ids, which counts "
+            "padding as it counts tokens: pad on the left."
+        )
+    new = mask[:, cached:].bool()
+    if positions is not None and (positions.diff(dim=-1) != 1)[new[:, 1:] & new[:, :-1]].any():
+        raise InvalidInputError(
+            "position_ids are not one after another; this artifact was grafted from a file without position_ids, which "
+            "counts them itself. Leave them out."
+        )
+
+
 def check_group_query(mask: Tensor, cached: int) -> None:
     """Refuse what GroupQueryAttention would compute wrongly: it counts a row's ones, and takes them to stand first.
 

@@ -23,6 +23,7 @@ from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manif
 from cdsurgery.export.runtime.generation import RunnerGeneration
 from cdsurgery.export.runtime.inputs import (
     INTEGERS,
+    check_counted,
     check_group_query,
     check_kind,
     check_mask,
@@ -149,7 +150,8 @@ class Runner(RunnerGeneration):
         Args:
             input_ids: `[B, S]` int64 in [0, V).
             attention_mask: `[B, P+S]`, 1 for tokens and 0 for padding on either side; None for all ones. A hybrid needs
-                padding on the left, a grafted GroupQueryAttention on the right.
+                padding on the left, a grafted GroupQueryAttention on the right; where a grafted graph counts positions
+                itself, none may stand between tokens.
             position_ids: `[B, S]` int64 in [0, the model's context); None counts the mask.
             past_key_values: what an earlier run returned; None or empty to begin. This run updates it.
             targets: `[B, S]` int64 in [0, V), the token wanted after each, negative for none; for an artifact made
@@ -174,6 +176,8 @@ class Runner(RunnerGeneration):
         given |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
         if self.manifest.group_query_attention:
             check_group_query(given["attention_mask"], cached)
+        elif all(spec.name != "position_ids" for spec in signature.tokens):
+            check_counted(given["attention_mask"], position_ids, cached)
         # A grafted graph may count its positions itself, and take integers of 32 bits.
         feed = {spec.name: given[spec.name].to(torch_dtype(spec)) for spec in signature.tokens}
         past = past or empty_past(signature, len(input_ids))
