@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -79,16 +78,16 @@ def load_config(source: Source) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (StrictDataclassError, TypeError, AttributeError) as error:
-        raise InvalidInputError(
-            f"The config.json of {source} is not that of a model: {_first_line(error)} Correct it, or give the folder "
-            "that save_pretrained wrote."
-        ) from error
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{source} is neither a local folder nor a Hub model that can be reached: {_first_line(error)} Check the "
             "spelling; for a gated or offline model, download it first and give the folder. Models that need code of "
             "their own (trust_remote_code) must be loaded by you and passed as objects."
+        ) from error
+    except Exception as error:  # whatever a config's own checks raise
+        raise InvalidInputError(
+            f"The config.json of {source} is not that of a model: {_first_line(error)} Correct it, or give the folder "
+            "that save_pretrained wrote."
         ) from error
 
 
