@@ -243,6 +243,6 @@ class ConfidentHead(nn.Module):
             return {}
         model: Any = self
         extra = {name: value for name, value in inputs.items() if name not in self._argument_names}
-        vocabulary = model.config.get_text_config().vocab_size
-        loss = functools.partial(model.loss_function, labels=inputs["labels"], vocab_size=vocabulary, **extra)
+        # Of the logits: a model may cut those of padded entries, and then the config names more.
+        loss = functools.partial(model.loss_function, labels=inputs["labels"], vocab_size=logits.shape[-1], **extra)
         return {"loss": plain.loss + (loss(logits=logits) - loss(logits=plain.logits))}

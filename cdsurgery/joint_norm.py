@@ -37,6 +37,13 @@ class JointNorm:
         for handle in self._handles:
             handle.remove()
 
+    def go_last(self) -> None:
+        """Stand behind hooks that came later, so that what they make of the norm's output is parted too."""
+        leaving = self._handles[1]
+        hooks = leaving.hooks_dict_ref()
+        if hooks is not None and leaving.id in hooks:
+            hooks.move_to_end(leaving.id)
+
     def _enter(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         rows = self.company.join(args[0]) if self.company is not None and args else None
         return None if rows is None else (rows, *args[1:])

@@ -282,3 +282,29 @@ def test_a_forward_that_fails_leaves_the_next_one_unharmed() -> None:
         with pytest.raises(IndexError):
             model(torch.tensor([[999]]))
         assert torch.equal(model(PROMPT).logits, truth(tiny_model("llama"), LOOKBACK, input_ids=PROMPT).logits)
+
+
+@torch.no_grad()
+def test_a_loss_is_of_as_many_logits_as_there_are() -> None:
+    """inkling cuts those of padded entries, and its config names all."""
+    plain, model = tiny_model("inkling_text"), cdsurgery.wrap(tiny_model("inkling_text"), lookback=LOOKBACK)
+    ids = PROMPT.clamp(max=plain.config.unpadded_vocab_size - 1)
+    out = model(ids, labels=ids)
+    assert out.logits.shape[-1] < plain.config.vocab_size
+    expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=0)  # two orders of summation
+
+
+@pytest.mark.parametrize("scan", ["full", "fused"])
+@torch.no_grad()
+def test_a_hook_on_the_final_norm_holds_for_all_layers_whenever_it_was_put_there(scan: str) -> None:
+    def turn(_module: Any, _args: Any, output: Any) -> Any:
+        return output.flip(-1)
+
+    before, after = tiny_model("llama"), cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan)
+    before.model.norm.register_forward_hook(turn)
+    after.model.norm.register_forward_hook(turn)
+    true, found = cdsurgery.wrap(before, lookback=LOOKBACK, scan="full")(PROMPT), after(PROMPT)
+    assert torch.equal(found.selected_layer, true.selected_layer)
+    assert (true.selected_layer < LAYERS).any()
+    torch.testing.assert_close(found.logits, true.logits, rtol=0, atol=1e-4)  # sums in another order

@@ -33,7 +33,7 @@ def read_texts(files: Sequence[str] | None) -> dict[str, str]:
     for name in files or [STANDARD_INPUT]:
         try:
             content = Path(name).read_bytes() if files else sys.stdin.buffer.read()
-            texts[name] = content.decode("utf-8")
+            texts[name] = content.decode("utf-8-sig")  # a mark at its beginning is none of its text
         except OSError as error:
             raise InvalidInputError(f"{name} cannot be read: {error.strerror}. Give a file of text.") from error
         except UnicodeDecodeError as error:
