@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from cdsurgery.taps import go_last
+
 
 class Company(Protocol):
     """Whose states go through a norm together with its own."""
@@ -30,19 +32,18 @@ class JointNorm:
 
     def __init__(self, norm: nn.Module) -> None:
         self.company: Company | None = None
-        self._handles = [norm.register_forward_pre_hook(self._enter), norm.register_forward_hook(self._leave)]
+        self._entering = norm.register_forward_pre_hook(self._enter)
+        self._leaving = norm.register_forward_hook(self._leave)
 
     def remove(self) -> None:
         """Take the hooks off the norm."""
-        for handle in self._handles:
-            handle.remove()
+        self._entering.remove()
+        self._leaving.remove()
 
-    def go_last(self) -> None:
-        """Stand behind hooks that came later, so that what they make of the norm's output is parted too."""
-        leaving = self._handles[1]
-        hooks = leaving.hooks_dict_ref()
-        if hooks is not None and leaving.id in hooks:
-            hooks.move_to_end(leaving.id)
+    def keep(self, company: Company) -> None:
+        """Have the norm ask them, behind hooks that came later: what those make of its output is parted too."""
+        self.company = company
+        go_last([self._leaving])
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         rows = self.company.join(args[0]) if self.company is not None and args else None

@@ -84,9 +84,7 @@ def one_pass(
         )
     head.instead = passed = OnePass(tail, states, sparing)
     if norm is not None:
-        norm.company = passed
-        if not torch.compiler.is_compiling():
-            norm.go_last()
+        norm.keep(passed)
     try:
         yield passed
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cdsurgery.errors import SurgeryError
 from cdsurgery.states import kept_rows, state_of
@@ -45,24 +46,27 @@ class Taps:
                 "or give each thread its own wrapped copy of the model."
             )
         self.keep = keep
-        if not torch.compiler.is_compiling():
-            self._go_last()
+        go_last(self._handles)
         try:
             yield self.states  # type: ignore[misc]
         finally:
             self.states = [None] * len(self.states)
             self.keep = None
 
-    def _go_last(self) -> None:
-        for handle in self._handles:
-            hooks = handle.hooks_dict_ref()
-            if hooks is not None and handle.id in hooks:  # the layer may be another one by now
-                hooks.move_to_end(handle.id)
-
     def remove(self) -> None:
         """Take the hooks off the layers."""
         for handle in self._handles:
             handle.remove()
+
+
+def go_last(handles: Iterable[RemovableHandle]) -> None:
+    """Put hooks behind those that came after them; while something is compiled, the order stays as it was."""
+    if torch.compiler.is_compiling():
+        return
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:  # the module may be another one by now
+            hooks.move_to_end(handle.id)
 
 
 class _Tap:

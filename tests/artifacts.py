@@ -68,6 +68,11 @@ def artifact(family: str, positions: Any = "last", dtype: torch.dtype = torch.fl
     return shared(name, lambda folder: export.to_onnx(model, folder, positions=positions, **exporting))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and what it holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 class Client:
     """Feeds a decoder by the names that every ONNX client expects."""
 

@@ -63,6 +63,12 @@ def shown(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         return artifact, json.loads(sys.stdout.getvalue())  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def servable(shown: tuple[Path, Any]) -> Path:
+    """An artifact with a tokenizer."""
+    return shown[0]
+
+
 @pytest.fixture(scope="session")
 def tiny_lm() -> Path:
     """The artifact of examples/tiny_lm."""

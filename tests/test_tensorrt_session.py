@@ -235,3 +235,11 @@ def test_verify_runs_what_the_profiles_take(monkeypatch: pytest.MonkeyPatch) -> 
     report = export.verify(engine("llama"), wrapped("llama"))
     assert report.passed, str(report)
     assert report.texts == 6
+
+
+def test_profiles_that_take_no_text_are_named_and_not_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    runner: Any = export.load(engine("llama"))
+    runner.session.manifest = replace(runner.session.manifest, profiles=())
+    with pytest.raises(InvalidInputError, match=r"The profiles of the engine in .* take no text of one token and two"):
+        export.verify(runner, wrapped("llama"))

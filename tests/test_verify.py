@@ -78,6 +78,10 @@ def test_a_context_shorter_than_the_texts_that_are_compared_is_kept(tmp_path: Pa
     report = export.verify(export.to_onnx(model, tmp_path / "short"), model)
     assert report.passed
     assert report.texts == 5  # of 1, 2, 3, 5 and 8 tokens, and 8 more of each
+    runner: Any = export.load(tmp_path / "short")
+    runner.config.n_positions = 2
+    with pytest.raises(InvalidInputError, match="context is 2 tokens, and the least that is compared is one and two"):
+        export.verify(runner, model)
 
 
 def test_a_wrapped_model_with_other_options_is_refused() -> None:

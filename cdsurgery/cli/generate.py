@@ -21,8 +21,6 @@ DESCRIPTION = """\
 Continue a text, each token chosen by the most confident of the last layers. MODEL is a model, which runs in PyTorch, or
 a folder that `cdsurgery export` made, which runs in ONNX Runtime or TensorRT. Greedy unless --sample is given."""
 EXAMPLE = 'cdsurgery generate examples/tiny_lm "def " --max-new-tokens 48'
-
-
 LEAST_TEMPERATURE = 1e-6  # logits divided by less may be infinite
 
 

@@ -15,7 +15,7 @@ import onnx_ir
 from cdsurgery.export.graft.companions import Facts
 from cdsurgery.export.graft.flow import describe, refuse
 from cdsurgery.export.graft.head import OUTPUTS
-from cdsurgery.export.graph.cache import part_of
+from cdsurgery.export.graph.cache import parsed_name
 from cdsurgery.export.options import Positions
 from cdsurgery.export.signature import BATCH, PAST, SEQUENCE, TOTAL, Signature, TensorSpec
 
@@ -96,7 +96,7 @@ def read_contract(graph: onnx_ir.Graph) -> Contract:
             raise refuse(f"its input '{name}' has the shape {value.shape}; it must have two axes, [batch, sequence].")
     past = sorted((value for name, value in inputs.items() if name not in _AXES), key=_place)
     present = sorted((value for name, value in outputs.items() if name != LOGITS), key=_place)
-    unknown = [str(value.name) for value in past if part_of(str(value.name)) not in ("key", "value")]
+    unknown = [str(value.name) for value in past if not _is_keys_or_values(str(value.name))]
     unknown += [str(value.name) for value in present if not re.search(r"\d", str(value.name))]
     if unknown or len(past) != len(present):
         raise refuse(
@@ -112,6 +112,11 @@ def read_contract(graph: onnx_ir.Graph) -> Contract:
         if _dtype(value) not in ("float32", "float16"):
             raise refuse(f"{describe(value)} is of type {value.dtype}; an artifact can be float32 or float16.")
     return Contract(tokens, tuple(past), tuple(present), logits, size)
+
+
+def _is_keys_or_values(name: str) -> bool:
+    place = parsed_name(name)
+    return place is not None and place[1] in ("key", "value")
 
 
 def _place(value: onnx_ir.Value) -> tuple[list[int], str]:

@@ -75,27 +75,22 @@ def build_cache(names: Sequence[str], tensors: Iterable[Tensor]) -> DynamicCache
     """
     kept: dict[int, dict[str, Tensor]] = {}
     for name, tensor in zip(names, tensors, strict=True):
-        index, part = _parsed(name)
+        place = parsed_name(name)
+        assert place is not None, name
+        index, part = place
         kept.setdefault(index, {})[part] = tensor
     cache = DynamicCache()
     cache.layers = [_layer(kept.get(index, {})) for index in range(max(kept) + 1)]
     return cache
 
 
-_PAST = r"(\d+)\W(\w+?)s?$"
+def parsed_name(name: str) -> tuple[int, str] | None:
+    """ "past_key_values.3.key" -> (3, "key"), and so do the names that other exporters give, ".3.keys" among them.
 
-
-def _parsed(name: str) -> tuple[int, str]:
-    """ "past_key_values.3.key" -> (3, "key"), and so do the names that other exporters give, ".3.keys" among them."""
-    match = re.search(_PAST, name)
-    assert match is not None, name
-    return int(match[1]), match[2]
-
-
-def part_of(name: str) -> str | None:
-    """What a past input of that name holds of its layer: "key", "value" and so on; None where the name does not say."""
-    match = re.search(_PAST, name)
-    return None if match is None else match[2]
+    None where the name does not say which layer's it is, or what of it.
+    """
+    match = re.search(r"(\d+)\W(\w+?)s?$", name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def _layer(parts: dict[str, Tensor]) -> Any:

@@ -12,9 +12,8 @@ is from that. Some models amplify rounding, and no second runtime can be closer 
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,18 +29,15 @@ from cdsurgery.export.parity.lending import measuring_all
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
 from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale
 from cdsurgery.export.parity.routing import RoutingMargins
+from cdsurgery.export.parity.shapes import PADDINGS, comparable_shapes, padded_mask, spans, takes
 from cdsurgery.export.parity.texts import compare_texts
-from cdsurgery.export.runtime.runner import EngineRunner, OnnxRunner, Runner, load
-from cdsurgery.export.signature import BATCH, PAST, SEQUENCE
+from cdsurgery.export.runtime.runner import OnnxRunner, Runner, load
 from cdsurgery.head import ConfidentHead
 from cdsurgery.probe import at_rest
 from cdsurgery.wrap import adapted_model
 
 AnyReport = Report | NoiseReport
 
-# (batch, prompt, first continuation, second continuation)
-SHAPES = ((1, 1, 1, 1), (1, 7, 1, 5), (2, 3, 1, 1), (2, 16, 4, 1), (3, 9, 2, 7), (4, 5, 1, 3), (1, 33, 1, 1))
-PADDINGS = ("none", "left", "right")
 TEXTS_AT_ONCE = 16
 
 
@@ -70,17 +66,7 @@ def verify(
     """
     runner, model = artifact if isinstance(artifact, Runner) else load(artifact), adapted_model(model)
     _check_options(runner, model)
-    context = getattr(runner.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    shapes = [shape for shape in SHAPES if sum(shape[1:]) <= context and _takes_all(runner, shape[0], shape[1:])]
-    if not shapes and context < math.inf:
-        raise InvalidInputError(
-            f"The model's context is {context} tokens, and the least that is compared is one and two more."
-        )
-    if not shapes:
-        raise InvalidInputError(
-            f"The profiles of the engine in {runner.folder} take no text of one token and two more, which is the least "
-            "that is compared. Build it for 1 row, 1 new token and 0 to 2 tokens in the cache, and more."
-        )
+    shapes = comparable_shapes(runner)
     truth: Any = computing_model(model, runner.manifest.options)
     borrowing = borrowed_weights(runner.folder, truth) if isinstance(runner, OnnxRunner) else nullcontext(())
     with at_rest(truth), measuring_all(truth), borrowing as borrowed:
@@ -92,9 +78,9 @@ def verify(
             prompts = prompts or [
                 torch.randint(vocabulary, (length,), generator=generator).tolist()
                 for length in (1, 2, 3, 5, 8, 13)
-                if length + new_tokens <= context and _takes_all(runner, 1, [length, *[1] * (new_tokens - 1)])
+                if takes(runner, 1, [length, *[1] * (new_tokens - 1)])
             ]
-            rows = max(count for count in range(1, TEXTS_AT_ONCE + 1) if _takes_all(runner, count, [1]) or count == 1)
+            rows = max(count for count in range(1, TEXTS_AT_ONCE + 1) if takes(runner, count, [1]) or count == 1)
             for first in range(0, len(prompts), rows):
                 compare_texts(report, runner, truth, prompts[first : first + rows], new_tokens)
         if isinstance(report, Report) and not report.close:
@@ -144,15 +130,6 @@ def _described(dtype: str, layers: int, config: Any) -> str:
     return f"{dtype}, {layers} layers and {config.get_text_config().vocab_size} tokens"
 
 
-def _takes_all(runner: Runner, batch: int, chunks: Sequence[int]) -> bool:
-    """Whether a prompt and its continuations fit the profiles; ONNX Runtime has none and takes everything."""
-    if not isinstance(runner, EngineRunner):
-        return True
-    runs = [{BATCH: batch, SEQUENCE: end - start, PAST: start} for start, end in _spans(chunks)]
-    profiles = runner.session.manifest.profiles
-    return all(any(profile.misfit(run) is None for profile in profiles) for run in runs)
-
-
 def _compare_rows(report: AnyReport, found: Any, truth: Any, shapes: Sequence[Sequence[int]]) -> None:
     """All shapes and paddings, in an artifact or a model and in the model that is the truth for it."""
     generator = torch.Generator().manual_seed(0)
@@ -168,11 +145,11 @@ def _compare_shape(
     batch, *chunks = shape
     vocabulary = truth.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, sum(chunks) + 1), generator=generator)
-    mask = _padded_mask(batch, chunks, padding)
+    mask = padded_mask(batch, chunks, padding)
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     caches: list[Any] = [None, None]
     closest = torch.ones(batch, 1)
-    for start, end in _spans(chunks):
+    for start, end in spans(chunks):
         inputs = {
             "input_ids": ids[:, start:end],
             "attention_mask": mask[:, :end],
@@ -247,22 +224,3 @@ def _with_unmeasured(entropy: Tensor, true_entropy: Tensor, depth: Tensor) -> Te
     """
     behind = torch.arange(entropy.shape[-1]) > depth[:, None] + 1
     return torch.where(behind & entropy.isnan(), true_entropy, entropy)
-
-
-def _padded_mask(batch: int, chunks: Sequence[int], padding: str) -> Tensor:
-    """Ones, with row r padded by up to r tokens at one side of its prompt."""
-    mask = torch.ones(batch, sum(chunks), dtype=torch.int64)
-    for row in range(batch):
-        padded = min(row, chunks[0] - 1)
-        if padding == "left":
-            mask[row, :padded] = 0
-        elif padding == "right":
-            mask[row, chunks[0] - padded : chunks[0]] = 0
-    return mask
-
-
-def _spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for chunk in chunks:
-        yield start, start + chunk
-        start += chunk
