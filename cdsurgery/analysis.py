@@ -3,7 +3,7 @@
 The model is given the text and does not write it: at every position it is asked for the token that really follows.
 
     windows = [ids[begin : begin + 257] for begin in range(0, len(ids) - 1, 256)]
-    analysis = analyze(model, windows, layers=28)
+    analysis = analyze(model, windows)
     analysis.moved / analysis.positions, analysis.selected.nll - analysis.final.nll
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from cdsurgery.entropy import partial_sums
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.probe import taken
+from cdsurgery.wrap import layers_of
 
 MOST_CHANGES = 8
 CONTEXT_TOKENS = 8  # of a change: enough to see where it is
@@ -112,7 +113,7 @@ class Analysis:
 
 
 @torch.no_grad()
-def analyze(model: Any, windows: Iterable[Tensor], *, layers: int) -> Analysis:
+def analyze(model: Any, windows: Iterable[Tensor]) -> Analysis:
     """Have a model read a text, and count what its selection of layers does at every position.
 
     A window is one forward, and the logits of no other window are in memory then.
@@ -121,11 +122,12 @@ def analyze(model: Any, windows: Iterable[Tensor], *, layers: int) -> Analysis:
         model: a wrapped model, or what `cdsurgery.export.load` returned of an artifact with positions="all".
         windows: `[n]` int64 token ids each, n at least 2. The first n-1 are read, and the last n-1 are what follows
             them; windows need not be equally long, and know nothing of each other.
-        layers: L, the model's decoder layers.
 
     Raises:
-        InvalidInputError: there is no window, one is too short, the model selects no layers, or has not that many.
+        InvalidInputError: there is no window, or one is not of token ids that the model has; the model selects no
+            layers, or does not return the logits of all positions.
     """
+    layers = layers_of(model)
     sums: dict[str, Tensor] = {}
     changes: list[Change] = []
     for window in windows:
@@ -147,21 +149,30 @@ def analyze(model: Any, windows: Iterable[Tensor], *, layers: int) -> Analysis:
 
 def _read(model: Any, window: Tensor, layers: int) -> tuple[dict[str, Tensor], list[Change]]:
     """One forward: numbers of every position, `[T]` or `[T, M]`, on the CPU; and the positions that change."""
-    if window.ndim != 1 or len(window) < 2:
+    if window.ndim != 1 or len(window) < 2 or window.dtype != torch.int64:
         raise InvalidInputError(
-            f"A window has shape {list(window.shape)}; it must be [n] token ids, at least two: one to read and the one "
-            "that follows."
+            f"A window has shape {list(window.shape)} and dtype {window.dtype}; it must be [n] token ids, int64, at "
+            "least two: one to read and the one that follows."
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    if not 0 <= window.min() <= window.max() < vocabulary:
+        raise InvalidInputError(
+            f"A window has token ids from {window.min()} to {window.max()}; the model has those from 0 to "
+            f"{vocabulary - 1}. They come from another tokenizer."
         )
     ids = window[None, :-1].to(model.device)
     output = model(**taken(model.forward, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
     if getattr(output, "entropy", None) is None:
         raise InvalidInputError(
-            "The model is not wrapped, or with probability=0, which is ordinary decoding: it selects no layers. Wrap "
-            "it with a probability above 0."
+            "The model is wrapped with probability=0, which is ordinary decoding: it selects no layers. Wrap it with a "
+            "probability above 0."
+        )
+    if output.logits.shape[1] != ids.shape[1]:
+        raise InvalidInputError(
+            "The artifact returns the logits of the last position, and a text is read at every one. Export it with "
+            "positions='all'."
         )
     entropy, depth = output.entropy[0].cpu(), layers - output.selected_layer[0].cpu()
-    if depth.min() < 0 or depth.max() >= entropy.shape[-1]:
-        raise InvalidInputError(f"layers is {layers}, and the model is not of so many. Give the number that it has.")
     follows = window[1:].cpu()
     final_token, final_nll = _predicted(output.final_logits[0], follows)
     selected_token, selected_nll = _predicted(output.logits[0], follows)

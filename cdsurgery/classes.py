@@ -21,6 +21,7 @@ def confident_class(plain: type[Any]) -> type[ConfidentHead]:
     if hasattr(plain, "prepare_inputs_for_generation"):  # it can generate
         prepare = plain.prepare_inputs_for_generation
         methods["prepare_inputs_for_generation"] = _signed(ConfidentHead._prepared_inputs, prepare)
+        methods["generate"] = _signed(ConfidentHead._generated, plain.generate)
     return _subclass(confident_class, plain, methods)
 
 

@@ -99,8 +99,7 @@ def merged_sums(maximum: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, 
 def entropy_of_sums(maximum: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """`[...]` float32 nats from the sums of whole rows; NaN where the maximum is not finite."""
     # A row with +inf must never look certain. A comparison says so: graph compilers take max - max for 0.
-    broken = torch.where(maximum.abs() < float("inf"), 0.0, float("nan"))
-    return _log1p(s) - t / (1 + s) + broken
+    return torch.where(maximum.abs() < float("inf"), _log1p(s) - t / (1 + s), float("nan"))
 
 
 def _log1p(x: Tensor) -> Tensor:

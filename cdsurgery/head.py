@@ -63,14 +63,14 @@ class ConfidentHead(nn.Module):
         Returns:
             A `ConfidentOutput`, or its tuple with `return_dict=False`.
         """
-        inputs = dict(zip(self._argument_names[: len(args)], args, strict=True)) | kwargs
+        inputs = self._named(args, kwargs)
         as_dict = inputs.pop("return_dict", None)
         if as_dict is None:
             as_dict = getattr(self.config, "return_dict", True)
         output = self._plain_output(inputs) if self.confident.probability == 0 else self._confident_output(inputs)
         return output if as_dict else output.to_tuple()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _generated(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`. Nobody sees the entropies of its steps, so they need not all be measured."""
         if self._generating:  # generate may call itself
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -109,6 +109,15 @@ class ConfidentHead(nn.Module):
             ) from error
         finally:
             self.confident = confident
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, with the errors that Python gives a function of these names."""
+        if len(args) > len(self._argument_names):
+            raise TypeError(f"forward() takes {len(self._argument_names)} positional arguments; {len(args)} were given")
+        named = dict(zip(self._argument_names, args, strict=False))
+        if twice := [name for name in named if name in kwargs]:
+            raise TypeError(f"forward() got multiple values for {', '.join(twice)}")
+        return named | kwargs
 
     def _prepared_inputs(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the model's own `prepare_inputs_for_generation` returns, and where these tokens stand in their text.

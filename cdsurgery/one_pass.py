@@ -47,11 +47,12 @@ def open_(model: Any, anatomy: Anatomy) -> JointNorm | None:
     return None if norm is None else JointNorm(model.get_submodule(norm))
 
 
-def close_(model: Any, anatomy: Anatomy, norm: JointNorm | None) -> None:
+def close_(model: Any, norm: JointNorm | None) -> None:
     """Undo `open_`, in place."""
-    head: Any = model.get_submodule(anatomy.unembedding)
-    if isinstance(head, OpenLinear):
-        head.__class__ = nn.Linear  # type: ignore[assignment]  # what it was
+    for part in model.modules():  # an adapter may stand around it by now
+        if isinstance(part, OpenLinear):
+            part.__dict__.pop("instead", None)
+            part.__class__ = nn.Linear  # type: ignore[assignment]  # what it was
     if norm is not None:
         norm.remove()
 

@@ -2,7 +2,7 @@
 
 `generate` returns tokens only. This looks over its shoulder, in PyTorch and in a runtime of `cdsurgery.export` alike:
 
-    trace = trace_generation(model, inputs, layers=28, max_new_tokens=64, do_sample=False)
+    trace = trace_generation(model, inputs, max_new_tokens=64, do_sample=False)
     [(token.token, token.selected_layer) for token in trace.tokens if token.changed]
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cdsurgery.errors import InvalidInputError
 from cdsurgery.output import ConfidentOutput
+from cdsurgery.wrap import layers_of
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,12 @@ class Trace:
         return sum(token.depth for token in self.tokens) / max(len(self.tokens), 1)
 
 
-def trace_generation(model: Any, inputs: dict[str, Tensor], *, layers: int, **options: Any) -> Trace:
+def trace_generation(model: Any, inputs: dict[str, Tensor], **options: Any) -> Trace:
     """Run `model.generate` on one prompt and note what every step selected.
 
     Args:
         model: a wrapped model, or what `cdsurgery.export.load` returned.
         inputs: `input_ids` and `attention_mask`, `[1, S]` each.
-        layers: L, the model's decoder layers.
         options: passed on to `generate`. Greedy decoding and sampling are followed; beams are not, because a beam that
             wins in the end is not the one that was first at every step.
 
@@ -85,8 +85,10 @@ def trace_generation(model: Any, inputs: dict[str, Tensor], *, layers: int, **op
         The new tokens; the prompt is not among them.
 
     Raises:
-        InvalidInputError: there are several prompts, beams or answers, or a step is of several tokens.
+        InvalidInputError: the model selects no layers; there are several prompts, beams or answers, or a step is of
+            several tokens.
     """
+    layers = layers_of(model)
     several = {"prompts": inputs["input_ids"].shape[0]}
     told = options.get("generation_config") or model.generation_config
     for name in ("num_beams", "num_return_sequences"):
@@ -100,7 +102,7 @@ def trace_generation(model: Any, inputs: dict[str, Tensor], *, layers: int, **op
         )
     prompt_length = inputs["input_ids"].shape[1]
     with _observed(model) as steps:
-        sequence = model.generate(**inputs, **options, return_dict_in_generate=False)[0]
+        sequence = model.generate(**inputs, **(options | {"return_dict_in_generate": False}))[0]
     # On a GPU, generate may run a step or two more than the tokens it returns: it checks for the end with a delay.
     new_tokens = sequence[prompt_length:].tolist()
     assert len(steps) >= len(new_tokens)

@@ -100,9 +100,9 @@ def unwrap(model: Model) -> Model:
     host = adapted_model(model)
     if not isinstance(host, ConfidentHead):
         raise SurgeryError(f"This {type(model).__name__} is not wrapped; only what cdsurgery.wrap returned can be.")
-    anatomy, norm = host.anatomy, host._norm
+    norm = host._norm
     restore_(host)
-    close_(host, anatomy, norm)
+    close_(host, norm)
     if isinstance(model, ConfidentHead):  # an adapter that was wrapped, and not put around a wrapped model
         model.__class__ = plain_class(type(model))
     return model
@@ -113,6 +113,24 @@ def adapted_model(model: Any) -> Any:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
+
+
+def layers_of(model: Any) -> int:
+    """L of a wrapped model, of an adapter around one, or of what `cdsurgery.export.load` returned.
+
+    Raises:
+        InvalidInputError: it is none of these.
+    """
+    host = adapted_model(model)
+    if isinstance(host, ConfidentHead):
+        return len(host.anatomy.layers)
+    manifest = getattr(host, "manifest", None)
+    if manifest is None:
+        raise InvalidInputError(
+            f"This {type(model).__name__} selects no layers. Give what cdsurgery.wrap or cdsurgery.export.load has "
+            "returned."
+        )
+    return int(manifest.layers)
 
 
 def operate_(model: Any, config: ConfidentConfig, anatomy: Anatomy, taps: Taps, norm: JointNorm | None) -> None:
@@ -137,8 +155,9 @@ def restore_(model: Any) -> None:
     forward = model.__dict__.get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
         raise SurgeryError(
-            f"A forward was put on this {type(model).__name__} after it was wrapped, as accelerate does. Remove it "
-            "first, for example with accelerate.hooks.remove_hook_from_module(model, recurse=True), then unwrap."
+            f"A forward was put on this {type(model).__name__} after it was wrapped. Remove it first: del "
+            "model.forward, or, where accelerate put it there, accelerate.hooks.remove_hook_from_module(model, "
+            "recurse=True)."
         )
     model.__dict__.pop("forward", None)  # ours, which accelerate leaves on the instance when it takes its own off
     model._taps.remove()

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def mean(values: Iterator[float]) -> float:
 
 def test_all_numbers_are_those_of_loops_over_the_plain_model(plain: Any, windows: list[Tensor]) -> None:
     truth = list(positions(plain, windows))
-    found = analyze(cdsurgery.wrap(plain, lookback=LOOKBACK), windows, layers=LAYERS)
+    found = analyze(cdsurgery.wrap(plain, lookback=LOOKBACK), windows)
     assert found.positions == len(truth) == sum(LENGTHS) - len(LENGTHS)
     assert found.depths == tuple(sum(p.depth == k for p in truth) for k in range(LOOKBACK + 1))
     assert min(found.depths) > 0, "no position goes that far: this test shows little"
@@ -109,7 +110,7 @@ def test_all_numbers_are_those_of_loops_over_the_plain_model(plain: Any, windows
 def test_changes_are_those_whose_entropy_falls_most(plain: Any, windows: list[Tensor]) -> None:
     changed = [p for p in positions(plain, windows) if p.said[p.depth] != p.said[0]]
     changed.sort(key=lambda p: p.entropies[p.depth] - p.entropies[0])
-    found = analyze(cdsurgery.wrap(plain, lookback=LOOKBACK), windows, layers=LAYERS).changes
+    found = analyze(cdsurgery.wrap(plain, lookback=LOOKBACK), windows).changes
     assert len(found) == MOST_CHANGES < len(changed)
     for change, p in zip(found, changed, strict=False):
         assert change.context == tuple(p.context[-CONTEXT_TOKENS:])
@@ -123,6 +124,8 @@ class Said:
     """A model of three layers that says of two tokens what is written here."""
 
     device = torch.device("cpu")
+    config = LlamaConfig(vocab_size=2)
+    manifest = SimpleNamespace(layers=3)
 
     def __init__(self, final: list[list[float]], logits: list[list[float]], layer: list[int], **fields: Any) -> None:
         self.output = ConfidentOutput(
@@ -143,7 +146,7 @@ def test_a_case_by_hand() -> None:
     even, sure = [0.0, 0.0], [0.0, -20.0]
     entropy = torch.tensor([[[0.5623351, 0.6, 0.7], [0.6931472, 4.3e-8, 0.1]]])
     model = Said([[0.0, math.log(3)], even], [[0.0, math.log(3)], sure], [3, 2], entropy=entropy)
-    found = analyze(model, [torch.tensor([0, 1, 1])], layers=3)
+    found = analyze(model, [torch.tensor([0, 1, 1])])
     assert (found.positions, found.depths, found.moved, found.changed, found.mean_depth) == (2, (1, 1, 0), 1, 0, 0.5)
     assert found.final == Prediction(pytest.approx(0.62774115), pytest.approx(math.log(8 / 3) / 2), 0.5)
     assert found.final.perplexity == pytest.approx(math.sqrt(8 / 3))
@@ -154,12 +157,12 @@ def test_a_case_by_hand() -> None:
 
 def test_a_likelihood_near_1_is_none_of_1() -> None:
     model = Said([[0.0, -20.0]], [[0.0, -20.0]], [3], entropy=torch.zeros(1, 1, 3))
-    assert analyze(model, [torch.tensor([0, 0])], layers=3).final.nll == pytest.approx(math.log1p(math.exp(-20)))
+    assert analyze(model, [torch.tensor([0, 0])]).final.nll == pytest.approx(math.log1p(math.exp(-20)))
 
 
 def test_where_nothing_moves_there_is_no_fall_and_a_broken_row_breaks_its_means() -> None:
     model = Said([[0.0, math.inf]], [[0.0, math.inf]], [3], entropy=torch.tensor([[[math.nan, 0.1, 0.2]]]))
-    found = analyze(model, [torch.tensor([0, 0])], layers=3)
+    found = analyze(model, [torch.tensor([0, 0])])
     assert (found.moved, found.entropy[1:]) == (0, pytest.approx((0.1, 0.2)))
     assert math.isnan(found.mean_fall) and math.isnan(found.final.entropy)
     assert (found.final.nll, found.final.perplexity) == (math.inf, math.inf)
@@ -167,8 +170,8 @@ def test_where_nothing_moves_there_is_no_fall_and_a_broken_row_breaks_its_means(
 
 
 def test_layers_that_a_lazy_scan_leaves_out_have_no_mean(plain: Any, windows: list[Tensor]) -> None:
-    full = analyze(cdsurgery.wrap(plain, lookback=LOOKBACK), windows, layers=LAYERS)
-    lazy = analyze(cdsurgery.wrap(cdsurgery.unwrap(plain), lookback=LOOKBACK, scan="lazy"), windows, layers=LAYERS)
+    full = analyze(cdsurgery.wrap(plain, lookback=LOOKBACK), windows)
+    lazy = analyze(cdsurgery.wrap(cdsurgery.unwrap(plain), lookback=LOOKBACK, scan="lazy"), windows)
     assert lazy.depths == full.depths
     assert lazy.entropy[:2] == pytest.approx(full.entropy[:2])
     assert all(math.isnan(entropy) for entropy in lazy.entropy[2:])
@@ -187,20 +190,31 @@ def test_the_logits_of_one_window_are_gone_before_the_next_one_is_read(plain: An
             yield window
 
     model.register_forward_hook(note)
-    analyze(model, watched(), layers=LAYERS)
+    analyze(model, watched())
     assert len(returned) == 2 * len(windows)
 
 
 def test_what_cannot_be_read_is_refused(plain: Any) -> None:
     model = cdsurgery.wrap(plain, lookback=LOOKBACK)
     with pytest.raises(InvalidInputError, match="no window to read"):
-        analyze(model, [], layers=LAYERS)
-    for window, shape in ((torch.tensor([1]), r"\[1\]"), (torch.tensor([[1, 2]]), r"\[1, 2\]")):
-        with pytest.raises(InvalidInputError, match=f"A window has shape {shape}; it must be"):
-            analyze(model, [window], layers=LAYERS)
-    model = cdsurgery.wrap(cdsurgery.unwrap(model), probability=0)
+        analyze(model, [])
+    for window, found in (
+        (torch.tensor([1]), r"shape \[1\] and"),
+        (torch.tensor([[1, 2]]), r"shape \[1, 2\] and"),
+        (torch.tensor([1.0, 2.0]), r"shape \[2\] and dtype torch.float32; it must be"),
+        (torch.tensor([1, -100]), "token ids from -100 to 1; the model has those from 0"),
+        (torch.tensor([1, 999]), "token ids from 1 to 999; the model has those from 0"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"A window has {found}"):
+            analyze(model, [window])
+    with pytest.raises(InvalidInputError, match="returns the logits of the last position"):
+        analyze(Said([[0.0, 0.0]], [[0.0, 0.0]], [3], entropy=torch.zeros(1, 1, 3)), [torch.tensor([0, 0, 0])])
+    model = cdsurgery.unwrap(model)
+    with pytest.raises(InvalidInputError, match=r"This LlamaForCausalLM selects no layers\. Give what cdsurgery\.wrap"):
+        analyze(model, [torch.tensor([1, 2])])
+    model = cdsurgery.wrap(model, probability=0)
     with pytest.raises(InvalidInputError, match="selects no layers"):
-        analyze(model, [torch.tensor([1, 2])], layers=LAYERS)
+        analyze(model, [torch.tensor([1, 2])])
 
 
 def test_counts_follow_from_the_depths() -> None:

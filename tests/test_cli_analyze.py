@@ -29,8 +29,8 @@ SHORT = "import os"
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
     paths = [tmp_path / "long.py", tmp_path / "short.py"]
-    for path, text in zip(paths, (LONG, SHORT), strict=True):
-        path.write_text(text, encoding="utf-8", newline="")
+    for path, text, encoding in zip(paths, (LONG, SHORT), ("utf-8", "utf-8-sig"), strict=True):  # one with a mark
+        path.write_text(text, encoding=encoding, newline="")
     return [str(path) for path in paths]
 
 

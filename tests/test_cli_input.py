@@ -40,6 +40,7 @@ BAD_INPUT = {
     "temperature 0": (["generate", MODEL, "x", "--sample", "--temperature", "0"], "a number of at least 1e-06"),
     "hardly a temperature": (["generate", MODEL, "x", "--sample", "--temperature", "1e-40"], "of at least 1e-06"),
     "a file twice": (["analyze", MODEL, "--text", "a.txt", "a.txt"], "a.txt is named more than once"),
+    "a file in two ways": (["analyze", MODEL, "--text", "a.txt", "./a.txt"], "./a.txt, a.txt is named more than once"),
     "top-p above 1": (["generate", MODEL, "x", "--sample", "--top-p", "1.2"], "it must be in (0, 1]"),
     "temperature alone": (["generate", MODEL, "x", "--temperature", "0.5"], "add --sample"),
     "plain with lookback": (["generate", MODEL, "x", "--plain", "--lookback", "2"], "leave out --lookback"),

@@ -82,6 +82,37 @@ def test_an_adapted_or_double_precision_head_is_refused() -> None:
         cdsurgery.wrap(tiny_model("llama", torch.float64), lookback=1, scan="fused")
 
 
+# PEFT 0.21 asks for a property that transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_around_a_fused_head_is_left_with_a_plain_one() -> None:
+    model: Any = cdsurgery.wrap(tiny_model("llama"), lookback=1, scan="fused")
+    head = model.lm_head
+    model(IDS)
+    before = vars(tiny_model("llama").lm_head).keys()
+    adapter = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, adapter)
+    with pytest.raises(UnsupportedModelError, match=r"scan='fused' cannot .* it is a peft\.tuners\.lora.*Linear"):
+        adapted(input_ids=IDS)
+    cdsurgery.unwrap(adapted)
+    assert model.lm_head.base_layer is head and type(head) is nn.Linear
+    assert vars(head).keys() == before
+
+
+@torch.no_grad()
+def test_the_default_dtype_does_not_matter() -> None:
+    models = [cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK, scan=scan) for scan in ("full", "lazy", "fused")]
+    for model in models:
+        true, text = model(IDS), model.generate(IDS, max_new_tokens=4)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found, written = model(IDS), model.generate(IDS, max_new_tokens=4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found.entropy.dtype == torch.float32
+        torch.testing.assert_close(found.entropy, true.entropy, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(written, text)
+
+
 def test_a_head_that_lies_on_several_ranks_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -158,6 +159,29 @@ def test_an_anatomy_passed_is_proven_all_the_same(layers: Any, tail: Any, found:
 def test_an_anatomy_of_another_model_is_bad_input(layers: Any, tail: Any, found: str) -> None:
     with pytest.raises(InvalidInputError, match=found):
         cdsurgery.wrap(tiny(OwnForCausalLM), anatomy=Anatomy(layers, tail))
+
+
+class Mute(PreTrainedModel):
+    """It cannot generate."""
+
+    config_class, forward, between = OwnConfig, OwnForCausalLM.forward, OwnForCausalLM.between
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        vars(self).update(vars(OwnForCausalLM(config)))
+
+    def get_output_embeddings(self) -> Any:
+        return self.speech
+
+
+def test_what_a_class_cannot_do_its_wrapped_one_cannot_do_either() -> None:
+    plain, able = tiny(Mute), tiny(OwnForCausalLM)
+    names = ("generate", "prepare_inputs_for_generation")
+    mute = cdsurgery.wrap(plain, lookback=2)
+    assert not any(hasattr(mute, name) for name in names)
+    signatures = [inspect.signature(getattr(able, name)) for name in names]
+    speaking = cdsurgery.wrap(able, lookback=2)
+    assert [inspect.signature(getattr(speaking, name)) for name in names] == signatures
 
 
 class Says(OwnForCausalLM):

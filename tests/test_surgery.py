@@ -217,6 +217,28 @@ def test_what_is_wrapped_cannot_be_wrapped_and_what_is_not_cannot_be_unwrapped()
         cdsurgery.unwrap(cdsurgery.unwrap(model))
 
 
+def test_arguments_that_the_plain_forward_does_not_take_are_refused_as_it_does() -> None:
+    plain, model = tiny_model("llama"), cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    for args, kwargs, message in (
+        ((IDS,), {"input_ids": IDS}, r"forward\(\) got multiple values for .*input_ids"),
+        ((IDS, *[None] * 30), {}, r"forward\(\) takes .* positional arguments"),
+    ):
+        for each in (plain, model):
+            with pytest.raises(TypeError, match=message):
+                each(*args, **kwargs)
+
+
+def test_a_forward_put_in_its_place_has_to_go_before_the_model_is_unwrapped() -> None:
+    model = cdsurgery.wrap(tiny_model("llama"), lookback=LOOKBACK)
+    model.forward = functools.partial(model.forward)  # type: ignore[method-assign]  # as torch.compile would
+    with pytest.raises(
+        SurgeryError, match=r"put on this LlamaForCausalLM after .* Remove it first: del model\.forward"
+    ):
+        cdsurgery.unwrap(model)
+    del model.forward
+    assert not isinstance(cdsurgery.unwrap(model), ConfidentHead)
+
+
 LLAMA = tiny_model("llama").config
 BERT = BertConfig(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96)
 T5 = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)

@@ -70,7 +70,7 @@ def test_confident_decoding_changes_some_tokens_and_traces_are_equal_in_both_run
     for prompt in ("def ", "class ", "import "):
         inputs = dict(tokenizer(prompt, return_tensors="pt"))
         inputs.pop("token_type_ids", None)
-        traces = [trace_generation(m, inputs, layers=12, max_new_tokens=48, do_sample=False) for m in (wrapped, runner)]
+        traces = [trace_generation(m, inputs, max_new_tokens=48, do_sample=False) for m in (wrapped, runner)]
         assert traces[0].ids == traces[1].ids
         assert [t.selected_layer for t in traces[0].tokens] == [t.selected_layer for t in traces[1].tokens]
         changed += traces[0].changed

@@ -38,14 +38,14 @@ def inputs() -> dict[str, torch.Tensor]:
 
 def test_tokens_are_those_of_generate(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     options = {"max_new_tokens": NEW, "do_sample": False}
-    trace = trace_generation(model, inputs, layers=LAYERS, **options)
+    trace = trace_generation(model, inputs, **options)
     assert trace.ids == model.generate(**inputs, **options)[0, 3:].tolist()
     assert len(trace.ids) == NEW
 
 
 @torch.no_grad()
 def test_each_step_says_what_a_forward_of_its_text_says(model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    trace = trace_generation(model, inputs, layers=LAYERS, max_new_tokens=NEW, do_sample=False)
+    trace = trace_generation(model, inputs, max_new_tokens=NEW, do_sample=False)
     text = inputs["input_ids"]
     for step in trace.tokens:
         out = model(input_ids=text, logits_to_keep=1)
@@ -73,40 +73,42 @@ def test_counts_follow_from_the_tokens() -> None:
 
 def test_without_a_lookback_there_are_no_entropies(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     model = cdsurgery.wrap(cdsurgery.unwrap(model), probability=0)
-    trace = trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, do_sample=False)
+    trace = trace_generation(model, inputs, max_new_tokens=3, do_sample=False)
     assert trace.moved == trace.changed == 0
     assert {token.entropy for token in trace.tokens} == {()}
 
 
 def test_the_model_is_left_as_it_was(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     before = dict(vars(model))
-    trace_generation(model, inputs, layers=LAYERS, max_new_tokens=2, do_sample=False)
+    trace_generation(model, inputs, max_new_tokens=2, do_sample=False)
     with pytest.raises(ValueError, match="temperature"):
-        trace_generation(model, inputs, layers=LAYERS, max_new_tokens=2, do_sample=True, temperature=-1.0)
+        trace_generation(model, inputs, max_new_tokens=2, do_sample=True, temperature=-1.0)
     assert vars(model).keys() == before.keys()
 
 
 def test_a_text_is_followed_whatever_the_model_was_told_to_return_and_drafts_are_refused(
     model: Any, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, do_sample=False)
+    true = trace_generation(model, inputs, max_new_tokens=3, do_sample=False)
     monkeypatch.setattr(model.generation_config, "return_dict_in_generate", True)
-    found = trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, do_sample=False)
+    found = trace_generation(model, inputs, max_new_tokens=3, do_sample=False)
     assert found.ids == true.ids and len(true.ids) == 3
+    found = trace_generation(model, inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert found.ids == true.ids
     with pytest.raises(InvalidInputError, match="with prompt_lookup_num_tokens a step has several"):
-        trace_generation(model, inputs, layers=LAYERS, max_new_tokens=3, prompt_lookup_num_tokens=2)
+        trace_generation(model, inputs, max_new_tokens=3, prompt_lookup_num_tokens=2)
     config = GenerationConfig(max_new_tokens=3, prompt_lookup_num_tokens=2)
     with pytest.raises(InvalidInputError, match="with prompt_lookup_num_tokens a step has several"):
-        trace_generation(model, inputs, layers=LAYERS, generation_config=config)
+        trace_generation(model, inputs, generation_config=config)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
 def test_several_texts_are_refused(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
     name, count = next(iter(options.items()))
     with pytest.raises(InvalidInputError, match=f"follows one text, and there are {name}={count}"):
-        trace_generation(model, inputs, layers=LAYERS, max_new_tokens=2, **options)
+        trace_generation(model, inputs, max_new_tokens=2, **options)
     with pytest.raises(InvalidInputError, match=f"follows one text, and there are {name}={count}"):
-        trace_generation(model, inputs, layers=LAYERS, generation_config=GenerationConfig(max_new_tokens=2, **options))
+        trace_generation(model, inputs, generation_config=GenerationConfig(max_new_tokens=2, **options))
     two = {key: value.repeat(2, 1) for key, value in inputs.items()}
     with pytest.raises(InvalidInputError, match="prompts=2"):
-        trace_generation(model, two, layers=LAYERS, max_new_tokens=2)
+        trace_generation(model, two, max_new_tokens=2)

@@ -138,7 +138,7 @@ def test_layers_are_those_of_the_trace_and_plain_decoding_is_that_of_the_plain_m
     prompt = "def read(self, size=None):"
     inputs = dict(tokenizer(prompt, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
-    trace = trace_generation(export.load(tiny_lm), inputs, layers=12, max_new_tokens=NEW, do_sample=False)
+    trace = trace_generation(export.load(tiny_lm), inputs, max_new_tokens=NEW, do_sample=False)
     assert trace.moved and trace.changed, "nothing to see in this text"
     fields = {"max_tokens": NEW, "return_layers": True, "return_num_input_tokens": True}
     found = server.generate("tiny", prompt, **fields)

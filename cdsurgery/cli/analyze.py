@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     if options.probability == 0:
         raise InvalidInputError("--probability is 0, which is ordinary decoding: no layer is selected. Leave it out.")
     texts = read_texts(options.text)
-    model, tokenizer, layers, measure = _open(options, screen)
+    model, tokenizer, measure = _open(options, screen)
     tokens = window_tokens(options.tokens, model.config)
     windows = list(
         chain.from_iterable(text_windows(tokenizer, name, texts[name], model.config, tokens) for name in texts)
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     from cdsurgery.analysis import analyze
 
     with screen.stage("Reading the text") as stage:
-        found = analyze(model, _counted(windows, stage), layers=layers)
+        found = analyze(model, _counted(windows, stage))
     document = {
         "model": options.model,
         "runtime": getattr(model, "runtime", "torch"),
@@ -80,8 +80,8 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     return True
 
 
-def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int, str]:
-    """What reads, its tokenizer, L, and what it goes by."""
+def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, str]:
+    """What reads, its tokenizer, and what it goes by."""
     config = wrapping_config(options)
     if is_artifact(options.model):
         others = [f"--{name}" for name in ("seed", "device") if getattr(options, name) is not None]
@@ -92,11 +92,10 @@ def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int, s
                 f"{options.model} was made with positions='{made.options.positions}', and a text is read at every "
                 "position. Export with --positions all, or give the model it was made from."
             )
-        return runner, load_tokenizer(options.model), made.layers, made.confident.measure
+        return runner, load_tokenizer(options.model), made.confident.measure
     model = load(options.model, screen, options.device)
     tokenizer = load_tokenizer(options.model)
-    wrapped = wrap(model, config, screen)
-    return wrapped, tokenizer, len(wrapped.anatomy.layers), config.measure
+    return wrap(model, config, screen), tokenizer, config.measure
 
 
 def _counted(windows: list[Tensor], stage: Stage) -> Iterator[Tensor]:

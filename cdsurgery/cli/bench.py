@@ -73,10 +73,10 @@ def _measured(
     writing = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
     texts = turned(prompt, options.batch)
     selecting = wrap(model, config, screen)
-    config, layers = selecting.confident, len(selecting.anatomy.layers)
+    config = selecting.confident
     with screen.stage("Writing texts in turns") as stage:
         traced = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-        trace = trace_generation(model, traced, layers=layers, **writing)
+        trace = trace_generation(model, traced, **writing)
         refused = _refused(model, config)
         ways = [PLAIN, *(scan for scan in SCANS if scan not in refused)]
         turns, of = itertools.count(1), (options.rounds + 1) * len(ways)
@@ -95,7 +95,7 @@ def _measured(
         "prompt_tokens": prompt.shape[1],
         "new_tokens": options.max_new_tokens,
         "rounds": options.rounds,
-        "layers": layers,
+        "layers": len(selecting.anatomy.layers),
         "lookback": config.lookback,
         "moved": trace.moved,
         "mean_depth": trace.mean_depth,

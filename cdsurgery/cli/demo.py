@@ -97,18 +97,17 @@ def compare(
         plain = [model.generate(**each, **_greedy(stage))[0, each["input_ids"].shape[1] :].tolist() for each in inputs]
 
     wrapped = wrap(model, config, screen)
-    layers = len(wrapped.anatomy.layers)
     with screen.stage("Decoding from the most confident layer") as stage:
         from cdsurgery.trace import trace_generation
 
-        confident = [trace_generation(wrapped, each, layers=layers, **_greedy(stage)) for each in inputs]
+        confident = [trace_generation(wrapped, each, **_greedy(stage)) for each in inputs]
 
     with screen.stage("Exporting to ONNX and verifying"):
         export = import_export()
         export.to_onnx(wrapped, artifact, tokenizer=tokenizer)
         runner = export.load(artifact)
     with screen.stage("Decoding in ONNX Runtime") as stage:
-        onnx = [trace_generation(runner, each, layers=layers, **_greedy(stage)) for each in inputs]
+        onnx = [trace_generation(runner, each, **_greedy(stage)) for each in inputs]
 
     def text(each: dict[str, Any], said: list[int], ids: list[int]) -> tuple[str, ...]:
         return pieces(tokenizer, int(each["input_ids"][0, -1]), said, ids)
@@ -124,7 +123,7 @@ def compare(
         )
         for prompt, each, final, trace, onnx_trace in zip(PROMPTS, inputs, plain, confident, onnx, strict=True)
     ]
-    return comparisons, layers, int(wrapped.confident.lookback)
+    return comparisons, len(wrapped.anatomy.layers), int(wrapped.confident.lookback)
 
 
 def _greedy(stage: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
 
         from cdsurgery.families import FAMILIES, examine, markdown
 
-        names, families = options.family or FAMILIES, []
+        names, families = list(dict.fromkeys(options.family or FAMILIES)), []
         for count, name in enumerate(names):
             stage.note(f"{count}/{len(names)} {name}")
             families.append(examine(name))

@@ -40,15 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, screen: Screen) -> bool:
     """Generate, print the text on stdout and what happened on stderr."""
+    from cdsurgery.wrap import layers_of
+
     check_prompt(options.prompt)
     generation = _generation_options(options)
-    model, tokenizer, layers = _open(options, screen)
+    model, tokenizer = _open(options, screen)
     encoded = encode(tokenizer, options.prompt, model.config, options.max_new_tokens)
     inputs = {name: tensor.to(model.device) for name, tensor in encoded.items()}
     started = time.perf_counter()
     with screen.stage("Generating") as stage:
         generation["streamer"] = TokenCounter(stage, options.max_new_tokens)
-        ids, trace = _generate(model, inputs, layers, generation)
+        ids, trace = _generate(model, inputs, generation, options.plain)
     seconds = time.perf_counter() - started
     text = decode(tokenizer, ids)
     screen.result(
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
             "text": text,
             "prompt_tokens": inputs["input_ids"].shape[1],
             "tokens": ids,
-            "layers": layers,
+            "layers": None if options.plain else layers_of(model),
             "selected_layers": [token.selected_layer for token in trace.tokens] if trace else None,
         },
         visible(options.prompt + text),
@@ -88,23 +90,20 @@ def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample} | one | given
 
 
-def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any, int | None]:
-    """What generates, its tokenizer, and L (None for the plain model, which is not looked into)."""
+def _open(options: argparse.Namespace, screen: Screen) -> tuple[Any, Any]:
+    """What generates, and its tokenizer."""
     config, fixed = wrapping_config(options), given_flags(options)
     if is_artifact(options.model):
         others = ["--plain"] * options.plain + ["--device"] * (options.device is not None)
         runner = load_artifact(options.model, fixed + others, screen)
         _seed(options.seed)
-        return runner, load_tokenizer(options.model), runner.manifest.layers
+        return runner, load_tokenizer(options.model)
     if options.plain and fixed:
         raise InvalidInputError(f"--plain decodes from the final layer only; leave out {', '.join(fixed)}.")
     model: Any = load(options.model, screen, options.device)
     tokenizer = load_tokenizer(options.model)
     _seed(options.seed)
-    if options.plain:
-        return model, tokenizer, None
-    wrapped = wrap(model, config, screen)
-    return wrapped, tokenizer, len(wrapped.anatomy.layers)
+    return model if options.plain else wrap(model, config, screen), tokenizer
 
 
 def _seed(seed: int | None) -> None:
@@ -116,16 +115,16 @@ def _seed(seed: int | None) -> None:
 
 
 def _generate(
-    model: Any, inputs: dict[str, Any], layers: int | None, generation: dict[str, Any]
+    model: Any, inputs: dict[str, Any], generation: dict[str, Any], plain: bool
 ) -> tuple[list[int], Trace | None]:
     """The new token ids, and which layer chose each where the model is wrapped."""
     from cdsurgery.trace import trace_generation
 
     try:
-        if layers is None:
+        if plain:
             sequence = model.generate(**inputs, **generation, return_dict_in_generate=False)[0]
             return sequence[inputs["input_ids"].shape[1] :].tolist(), None
-        trace = trace_generation(model, inputs, layers=layers, **generation)
+        trace = trace_generation(model, inputs, **generation)
         return trace.ids, trace
     except SurgeryError:
         raise

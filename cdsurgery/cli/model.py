@@ -52,8 +52,8 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidInputError(
-            f"--device is {device}, where PyTorch cannot compute: {reason} Leave it out for the CPU; a GPU is cuda, or "
-            "cuda:1 for the second one, where torch.cuda.is_available()."
+            f"--device is {device}, where PyTorch cannot compute: {reason.rstrip('.')}. Leave it out for the "
+            "CPU; a GPU is cuda, or cuda:1 for the second one, where torch.cuda.is_available()."
         ) from error
 
 

@@ -27,7 +27,8 @@ def read_texts(files: Sequence[str] | None) -> dict[str, str]:
     """
     if files is None and sys.stdin.isatty():
         raise InvalidInputError("There is no text. Name files with --text FILE, or pipe one in.")
-    if files is not None and (twice := sorted({name for name in files if files.count(name) > 1})):
+    places = [Path(name).resolve() for name in files or []]
+    if twice := sorted({name for name, place in zip(files or [], places, strict=True) if places.count(place) > 1}):
         raise InvalidInputError(f"{', '.join(twice)} is named more than once. Name each file once.")
     texts = {}
     for name in files or [STANDARD_INPUT]:
