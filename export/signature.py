@@ -21,7 +21,7 @@ from cdsurgery.probe import at_rest, probe_inputs
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "targets")
 RESULTS = ("logits", "final_logits", "logprobs", "final_logprobs", "selected_layer", "entropy")
-BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
+AXES = BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,39 @@ def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, 
         export.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("dtype",), "float99", "is not a manifest .*its dtype is 'float99'"),
+        (("files", "config.json"), {"size": 1}, "is not a manifest .*sha256"),
+        (("files", "config.json", "size"), "1", "is not a manifest .*of the file config.json it says"),
+        (("signature", "inputs", 0, "dtype"), None, "is not a manifest .*is no input or output"),
+        (("signature", "inputs", 0, "axes", 0), "rows", "is not a manifest .*is no input or output"),
+        (("signature", "outputs", 0, "name"), "scores", "is not a manifest .*its signature has no logits"),
+        (
+            ("signature", "inputs", 3, "name"),
+            "past.0",
+            r"model.onnx takes .*past_key_values.0.key.* and its manifest says",
+        ),
+        (("signature", "outputs", 0, "dtype"), "float16", r"returns logits as tensor\(float\) .* says float16"),
+        (("signature", "outputs", 3, "axes", 2), 99, r"returns entropy as .* says float32, \['batch', 1, 99\]"),
+        (("signature", "outputs", 3, "axes"), ["batch"], r"returns entropy as .* says float32, \['batch'\]"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_is_damaged_or_of_another_graph_is_refused(
+    place: tuple[Any, ...], value: Any, message: str, copy: Path
+) -> None:
+    manifest = json.loads((copy / "cdsurgery.json").read_text())
+    entry = manifest
+    for key in place[:-1]:
+        entry = entry[key]
+    entry[place[-1]] = value
+    (copy / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=message):
+        export.load(copy)
+
+
 def test_a_file_is_refused_where_an_artifact_is_wanted() -> None:
     graph = artifact("llama") / "model.onnx"
     for use in (export.load, lambda path: export.to_triton(path, "repository", name="a")):

@@ -126,7 +126,7 @@ def test_so_does_one_pass_over_the_unembedding(run: Case) -> None:
     model.confident = replace(model.confident, scan="fused")
     model._norm = open_(model, model.anatomy)
     out = model(IDS)
-    close_(model, model.anatomy, model._norm)
+    close_(model, model._norm)
     # Products of another shape: sums of 64 terms in another order.
     within = 1e-5 * float(run.true.candidates.abs().max())
     torch.testing.assert_close(out.final_logits, run.true.candidates[0], rtol=0, atol=within)

@@ -64,6 +64,8 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
     with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
         export.to_triton(mute, repository, name="a")
     manifest["options"]["positions"] = "score"
+    for spec, name in zip(manifest["signature"]["outputs"], ("logprobs", "final_logprobs"), strict=False):
+        spec["name"] = name
     (mute / "cdsurgery.json").write_text(json.dumps(manifest))
     with pytest.raises(UnsupportedModelError, match="returns no logits"):
         export.to_triton(mute, repository, name="a")
@@ -76,7 +78,7 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
     (broken / "model.onnx.data").write_bytes(b"cut short")
     with pytest.raises(ArtifactError, match="was changed after"):
         export.to_triton(broken, repository, name="a")
-    manifest["files"]["model.engine"] = {}
+    manifest["files"]["model.engine"] = {"sha256": "0" * 64, "size": 1}
     (mute / "cdsurgery.json").write_text(json.dumps(manifest))
     with pytest.raises(InvalidInputError, match=r"is a TensorRT engine\. Give the ONNX artifact"):
         export.to_triton(mute, repository, name="a")

@@ -12,12 +12,13 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import onnxruntime
+import torch
 
 from cdsurgery.config import ConfidentConfig
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.options import GraphOptions
-from cdsurgery.export.signature import Signature, TensorSpec
+from cdsurgery.export.signature import AXES, Signature, TensorSpec
 
 NAME = "cdsurgery.json"
 ENGINE_NAME = "engine.json"  # of `export.tensorrt.manifest`; the engine of a head has only this one
@@ -134,20 +135,38 @@ def read_versioned(
 
 def parsed_signature(fields: dict[str, Any]) -> Signature:
     """A signature from what `asdict` made of it."""
-    sides = {
-        side: tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["axes"])) for spec in fields[side])
-        for side in ("inputs", "outputs")
-    }
-    return Signature(**sides)
+    return Signature(*(tuple(map(_parsed_spec, fields[side])) for side in ("inputs", "outputs")))
+
+
+def _parsed_spec(fields: dict[str, Any]) -> TensorSpec:
+    spec = TensorSpec(fields["name"], fields["dtype"], tuple(fields["axes"]))
+    known = all(axis in AXES or (type(axis) is int and axis >= 0) for axis in spec.axes)
+    if not (isinstance(spec.name, str) and _is_dtype(spec.dtype) and known):
+        raise ValueError(f"{fields} is no input or output")
+    return spec
 
 
 def _parsed(fields: dict[str, Any]) -> Manifest:
-    parsed = {
+    parsed: dict[str, Any] = {
         "signature": parsed_signature(fields["signature"]),
         "confident": ConfidentConfig(**fields["confident"]),
         "options": GraphOptions(**fields["options"]),
     }
-    return Manifest(**(fields | parsed))
+    manifest = Manifest(**(fields | parsed))
+    if not _is_dtype(manifest.dtype):
+        raise ValueError(f"its dtype is {manifest.dtype!r}")
+    for name, file in manifest.files.items():
+        if not (isinstance(file["sha256"], str) and isinstance(file["size"], int)):
+            raise ValueError(f"of the file {name} it says {file}")
+    results = ("logprobs", "final_logprobs") if manifest.options.positions == "score" else ("logits", "final_logits")
+    named = {spec.name for spec in (*manifest.signature.inputs, *manifest.signature.outputs)}
+    if absent := {"input_ids", "attention_mask", *results, "selected_layer", "entropy"} - named:
+        raise ValueError(f"its signature has no {', '.join(sorted(absent))}")
+    return manifest
+
+
+def _is_dtype(name: object) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def check_files(

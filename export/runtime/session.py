@@ -24,6 +24,9 @@ from cdsurgery.export.signature import Signature
 # As ONNX Runtime takes them: a name, or a name with options, for example {"device_id": 1}.
 Provider = str | tuple[str, Mapping[str, Any]]
 
+# As ONNX Runtime calls them.
+TYPES = {"float32": "tensor(float)"} | {name: f"tensor({name})" for name in ("float16", "bfloat16", "int64", "int32")}
+
 # These compute in the memory of a CUDA device; every other provider takes its inputs from the host.
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
@@ -78,6 +81,7 @@ class Session:
                 f"ONNX Runtime could not start {', '.join(lost)} and would run on {', '.join(started)} instead. Its "
                 "log says why: often a driver, CUDA or cuDNN of another version than it was built for."
             )
+        _check_signature(path, self._session, signature)
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph once.
@@ -114,6 +118,33 @@ class Session:
     def _place(self, dtype: torch.dtype) -> torch.device:
         """Integers stay on the host: ONNX Runtime computes shapes and indices there, whatever the provider."""
         return self.device if dtype.is_floating_point else torch.device("cpu")
+
+
+def _check_signature(path: Path, session: onnxruntime.InferenceSession, signature: Signature) -> None:
+    """Refuse a signature that is not the graph's."""
+    for does, values, specs in (
+        ("takes", session.get_inputs(), signature.inputs),
+        ("returns", session.get_outputs(), signature.outputs),
+    ):
+        said = {spec.name: spec for spec in specs}
+        if {value.name for value in values} != said.keys():
+            found = ", ".join(value.name for value in values)
+            raise ArtifactError(
+                f"{path} {does} {found}, and its manifest says {', '.join(said)}. Make the artifact again."
+            )
+        for value in values:
+            spec = said[value.name]
+            if value.type != TYPES.get(spec.dtype) or not _may_be(value.shape, spec.axes):
+                raise ArtifactError(
+                    f"{path} {does} {value.name} as {value.type} of shape {value.shape}, and its manifest says "
+                    f"{spec.dtype}, {list(spec.axes)}. Make the artifact again."
+                )
+
+
+def _may_be(shape: Sequence[Any], axes: Sequence[str | int]) -> bool:
+    """Whether a graph's shape, whose open axes are names or None, can be that of a signature."""
+    known = {index: size for index, size in enumerate(shape) if isinstance(size, int)}
+    return len(shape) == len(axes) and all(axes[index] == size for index, size in known.items())
 
 
 def _checked(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
