@@ -14,7 +14,7 @@ from grafts import LOOKBACK, MODELS, OWN, TWINS, Client, foreign, grafted, prese
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from cdsurgery import InvalidInputError, export
+from cdsurgery import InvalidInputError, UnsupportedModelError, export
 from cdsurgery.export.artifact.manifest import read_manifest
 from cdsurgery.export.graft import decoder
 
@@ -166,9 +166,19 @@ def test_a_graph_that_counts_its_positions_itself_is_asked_for_no_others() -> No
     assert torch.equal(runner(tokens(2, 5), attention_mask=mask, position_ids=positions).logits, plain.logits)
 
 
-def test_an_artifact_passes_the_verification_of_exported_ones() -> None:
-    report = export.verify(grafted("optimum-llama", "last"), wrapped("optimum-llama"))
+# Graphs that take padding on both sides, on the left and on the right alone.
+@pytest.mark.parametrize(("name", "rows"), [("optimum-llama", 126), ("optimum-gemma2", 84), ("genai-llama", 30)])
+def test_an_artifact_passes_the_verification_of_exported_ones(name: str, rows: int) -> None:
+    report = export.verify(grafted(name, "last"), wrapped(name))
     assert report.passed, report
+    assert report.rows == rows  # three runs of each row of each shape and side
+
+
+def test_a_graph_whose_windows_lie_in_place_is_for_its_own_clients() -> None:
+    folder = grafted("genai-gemma2", "last")
+    for use in (export.load, lambda folder: export.to_triton(folder, folder.parent / "r", name="a")):
+        with pytest.raises(UnsupportedModelError, match=r"not for cdsurgery\.export\.load: .*sliding_window_cache"):
+            use(folder)
 
 
 def test_a_probability_is_drawn_inside_the_graph_as_in_pytorch() -> None:

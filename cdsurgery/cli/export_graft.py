@@ -50,9 +50,11 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     assert proof is not None
     document = {"artifact": str(folder), "positions": made.options.positions, "layers": made.layers}
     screen.result(
-        document | {"lookback": lookback, "proof": proof, "files": sizes},
+        document | {"lookback": lookback, "proof": proof, "files": sizes, "not_for": made.not_for},
         file_table(sizes),
         f"{made.layers} layers found, lookback {lookback}. Final logits are the file's own, bit for bit, in "
         f"{proof['steps_bitwise']} of {proof['steps']} steps; largest difference {proof['final_logits']:.1e} relative.",
     )
+    for client, reason in made.not_for.items():
+        screen.err.print(f"Not for {client}: {reason}", markup=False)
     return True

@@ -14,6 +14,7 @@ from cdsurgery.export.signature import Signature
 
 GRAPH_FILE = "model.onnx"
 GENAI = "onnxruntime-genai"
+RUNNER = "cdsurgery.export.load"
 
 # transformers' model_type -> the name under which onnxruntime-genai 0.18 knows the family; it runs all others as
 # "decoder". Left out on purpose: "gpt2", where it wants one tensor for keys and values, and "phi3", where it runs the

@@ -15,8 +15,8 @@ import onnxruntime
 import torch
 
 from cdsurgery.config import ConfidentConfig
-from cdsurgery.errors import ArtifactError, InvalidInputError
-from cdsurgery.export.artifact.clients import GRAPH_FILE
+from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelError
+from cdsurgery.export.artifact.clients import GRAPH_FILE, RUNNER
 from cdsurgery.export.options import GraphOptions
 from cdsurgery.export.signature import AXES, Signature, TensorSpec
 
@@ -200,6 +200,16 @@ def check_files(
                 f"{path} was changed after the artifact was made: its size is {size} bytes and should be "
                 f"{expected['size']}, or its sha256 is not {expected['sha256']}. Make the artifact again."
             )
+
+
+def check_runner(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Refuse an artifact that only other clients can run.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    if reason := manifest.not_for.get(RUNNER):
+        raise UnsupportedModelError(f"{folder} is not for {RUNNER}: {reason}")
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from cdsurgery.config import ConfidentConfig
+from cdsurgery.export.artifact.clients import RUNNER
 from cdsurgery.export.artifact.manifest import SCHEMA_VERSION, Manifest, maker_versions
 from cdsurgery.export.graft.companions import Facts, read_config, read_facts
 from cdsurgery.export.graft.contract import Contract, read_contract
@@ -60,6 +61,10 @@ class ForeignDecoder:
         return any(node.op_type == "GroupQueryAttention" for node in self.model.graph)
 
     @property
+    def _keeps_windows_in_place(self) -> bool:
+        return any("sliding_window_cache" in node.attributes for node in self.model.graph)
+
+    @property
     def cache_capacity(self) -> int:
         """How long a cache to begin with: the context where GroupQueryAttention fills it, 0 where it grows."""
         return min(self.facts.context, _SHORT_CONTEXT) if self.group_query_attention else 0
@@ -79,7 +84,7 @@ class ForeignDecoder:
             opset=self.model.opset_imports[""],
             signature=signature,
             files={},
-            not_for={},
+            not_for={RUNNER: _WINDOWS} if self._keeps_windows_in_place else {},
             parity=None,
             quantization=None,
             group_query_attention=self.group_query_attention,
@@ -119,4 +124,8 @@ class ForeignDecoder:
 
 # Enough for every shape of the proof, and for sliding windows of what is in use (gpt-oss 128, Gemma 4096).
 _SHORT_CONTEXT = 4096
+_WINDOWS = (
+    "its layers with a sliding window write round in a cache of fixed length (sliding_window_cache), which "
+    "onnxruntime-genai makes for them. Run it there, or export the model with to_onnx."
+)
 _ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64"}

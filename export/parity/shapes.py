@@ -45,14 +45,25 @@ def comparable_shapes(runner: Runner) -> list[tuple[int, ...]]:
 
 
 def takes(runner: Runner, batch: int, chunks: Sequence[int]) -> bool:
-    """Whether a prompt and its continuations fit the model's context, and an engine's profiles."""
+    """Whether a prompt and its continuations fit the model's context, its operators and an engine's profiles."""
     if sum(chunks) > _context(runner):
+        return False
+    if runner.manifest.group_query_attention and batch > 1 and max(chunks[1:], default=1) > 1:
         return False
     if not isinstance(runner, EngineRunner):
         return True
     runs = [{BATCH: batch, SEQUENCE: end - start, PAST: start} for start, end in spans(chunks)]
     profiles = runner.session.manifest.profiles
     return all(any(profile.misfit(run) is None for profile in profiles) for run in runs)
+
+
+def paddings(runner: Runner) -> tuple[str, ...]:
+    """On which sides of a prompt that goes on the artifact takes padding, as `runtime.inputs` checks."""
+    made = runner.manifest
+    if made.group_query_attention:
+        return ("none", "right")
+    counts = all(spec.name != "position_ids" for spec in made.signature.tokens)
+    return ("none", "left") if counts else PADDINGS
 
 
 def spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:

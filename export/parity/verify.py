@@ -29,7 +29,7 @@ from cdsurgery.export.parity.lending import measuring_all
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
 from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale
 from cdsurgery.export.parity.routing import RoutingMargins
-from cdsurgery.export.parity.shapes import PADDINGS, comparable_shapes, padded_mask, spans, takes
+from cdsurgery.export.parity.shapes import comparable_shapes, padded_mask, paddings, spans, takes
 from cdsurgery.export.parity.texts import compare_texts
 from cdsurgery.export.runtime.runner import OnnxRunner, Runner, load
 from cdsurgery.head import ConfidentHead
@@ -71,7 +71,7 @@ def verify(
     borrowing = borrowed_weights(runner.folder, truth) if isinstance(runner, OnnxRunner) else nullcontext(())
     with at_rest(truth), measuring_all(truth), borrowing as borrowed:
         report = _report(runner, truth, borrowed)
-        _compare_rows(report, runner, truth, shapes)
+        _compare_rows(report, runner, truth, shapes, paddings(runner))
         if runner.manifest.options.positions != "score":
             generator = torch.Generator().manual_seed(0)
             vocabulary = truth.config.get_text_config().vocab_size
@@ -80,12 +80,13 @@ def verify(
                 for length in (1, 2, 3, 5, 8, 13)
                 if takes(runner, 1, [length, *[1] * (new_tokens - 1)])
             ]
-            rows = max(count for count in range(1, TEXTS_AT_ONCE + 1) if takes(runner, count, [1]) or count == 1)
+            at_once = TEXTS_AT_ONCE if "left" in paddings(runner) else 1  # texts of a batch are padded there
+            rows = max(count for count in range(1, at_once + 1) if takes(runner, count, [1]) or count == 1)
             for first in range(0, len(prompts), rows):
                 compare_texts(report, runner, truth, prompts[first : first + rows], new_tokens)
         if isinstance(report, Report) and not report.close:
             report.noise = Report(report.tolerance, report.depth)
-            _compare_rows(report.noise, truth, _wider(truth), shapes)
+            _compare_rows(report.noise, truth, _wider(truth), shapes, paddings(runner))
     return report
 
 
@@ -130,11 +131,13 @@ def _described(dtype: str, layers: int, config: Any) -> str:
     return f"{dtype}, {layers} layers and {config.get_text_config().vocab_size} tokens"
 
 
-def _compare_rows(report: AnyReport, found: Any, truth: Any, shapes: Sequence[Sequence[int]]) -> None:
+def _compare_rows(
+    report: AnyReport, found: Any, truth: Any, shapes: Sequence[Sequence[int]], sides: Sequence[str]
+) -> None:
     """All shapes and paddings, in an artifact or a model and in the model that is the truth for it."""
     generator = torch.Generator().manual_seed(0)
     for shape in shapes:
-        for padding in PADDINGS:
+        for padding in sides:
             _compare_shape(report, found, truth, shape, padding, generator)
 
 

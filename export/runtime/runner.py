@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cdsurgery.errors import ArtifactError, InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
-from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
+from cdsurgery.export.artifact.manifest import Manifest, check_files, check_runner, read_manifest
 from cdsurgery.export.runtime.generation import RunnerGeneration
 from cdsurgery.export.runtime.inputs import (
     INTEGERS,
@@ -89,9 +89,11 @@ def load(
             another GPU.
         InvalidInputError: a provider is not available, an option is for the other kind, or there is no GPU for an
             engine.
+        UnsupportedModelError: it was grafted from a file that only other clients can run.
         SurgeryError: the TensorRT package of an engine is not installed.
     """
     manifest = read_manifest(folder)
+    check_runner(folder, manifest)
     is_engine = ENGINE_FILE in manifest.files
     check_files(folder, manifest, needed=(ENGINE_FILE if is_engine else GRAPH_FILE, "config.json"))
     kept = None if cache is None else Path(cache)

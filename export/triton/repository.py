@@ -21,7 +21,7 @@ from cdsurgery.errors import ArtifactError, InvalidInputError, UnsupportedModelE
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.external_data import check_external_data
 from cdsurgery.export.artifact.manifest import NAME as MANIFEST
-from cdsurgery.export.artifact.manifest import Manifest, check_files, read_manifest
+from cdsurgery.export.artifact.manifest import Manifest, check_files, check_runner, read_manifest
 from cdsurgery.export.artifact.staging import copy_file, workplace
 from cdsurgery.export.tensorrt.manifest import ENGINE_FILE, read_engine_manifest
 from cdsurgery.export.tensorrt.manifest import NAME as ENGINE_MANIFEST
@@ -107,6 +107,7 @@ def to_triton(
 
 
 def _check_servable(source: Path, manifest: Manifest, options: ServingOptions) -> None:
+    check_runner(source, manifest)
     if manifest.options.positions == "score":
         raise UnsupportedModelError(
             "This artifact was made with positions='score' and returns no logits to choose a token from. Export the "
