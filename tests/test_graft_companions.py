@@ -60,6 +60,22 @@ def test_a_file_without_or_with_a_broken_configuration_is_refused(theirs: Path) 
     refused(theirs, InvalidInputError, "KeyError: 'decoder'")
 
 
+def test_another_vocabulary_and_optional_files_that_say_nothing_are_refused(theirs: Path) -> None:
+    config = json.loads((theirs.parent / "config.json").read_text())
+    (theirs.parent / "config.json").write_text(json.dumps(config | {"vocab_size": 97}))
+    refused(theirs, UnsupportedModelError, "logits of 96 tokens, and its configuration says vocab_size=97")
+    (theirs.parent / "config.json").write_text(json.dumps(config))
+    for name, content in (
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[]"),
+        ("genai_config.json", "{}"),
+        ("genai_config.json", '{"model": []}'),
+    ):
+        (theirs.parent / name).write_text(content)
+        refused(theirs, InvalidInputError, rf"{name}.* cannot be used \(\w+: .*Mend it, or take it away")
+        (theirs.parent / name).unlink()
+
+
 def test_a_configuration_without_what_the_graph_does_not_show_is_refused(theirs: Path) -> None:
     bloom = {"model_type": "bloom", "n_layer": 4, "n_head": 2, "hidden_size": 32, "vocab_size": 96}
     (theirs.parent / "config.json").write_text(json.dumps(bloom))

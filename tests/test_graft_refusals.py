@@ -155,6 +155,8 @@ def test_a_grafted_file_is_refused(tmp_path: Path) -> None:
 def test_a_graph_that_does_not_run_is_refused(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut along an axis that the graph does not show is found when the copies of the tail run."""
     monkeypatch.setattr(rowwise, "_wrong_move", lambda *_: None)
+    config = json.loads((theirs.parent / "config.json").read_text())
+    (theirs.parent / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
     refused(edit(theirs, cut_vocabulary), UnsupportedModelError, "could not run a graph of the proof, on 1 rows of 1")
 
 

@@ -23,7 +23,7 @@ from cdsurgery.errors import InvalidInputError
 from cdsurgery.export.artifact.clients import GRAPH_FILE
 from cdsurgery.export.artifact.manifest import Manifest, describe_files
 from cdsurgery.export.artifact.staging import staged_folder
-from cdsurgery.export.graft.companions import write_companions
+from cdsurgery.export.graft.companions import check_companions, write_companions
 from cdsurgery.export.graft.decoder import ForeignDecoder
 from cdsurgery.export.graft.proof import Runs, open_session, prove
 from cdsurgery.export.options import Positions
@@ -67,6 +67,7 @@ def graft(
         )
     path = Path(model)
     with staged_folder(folder) as aside:
+        check_companions(path)
         theirs = ForeignDecoder(path)
         config = options.resolve(theirs.facts.layers)
         manifest = theirs.manifest(config, positions)

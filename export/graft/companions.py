@@ -38,6 +38,7 @@ class Facts:
         hidden_size: D.
         heads: key and value heads.
         head_size: of each.
+        vocabulary: V.
         context: the most tokens.
     """
 
@@ -46,6 +47,7 @@ class Facts:
     hidden_size: int
     heads: int
     head_size: int
+    vocabulary: int
     context: int
 
 
@@ -89,12 +91,32 @@ def read_facts(config: PreTrainedConfig) -> Facts:
             hidden_size=config.hidden_size,
             heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocabulary=config.vocab_size,
             context=config.max_position_embeddings,
         )
     except AttributeError as error:
         raise InvalidInputError(
             f"The configuration of this {config.model_type} names no {error.name}, which is needed beside the graph. "
             f"Add it to {CONFIG}."
+        ) from error
+
+
+def check_companions(model: Path) -> None:
+    """Refuse what `write_companions` or clients of the artifact could not read.
+
+    Raises:
+        InvalidInputError: a file beside the model says nothing that they understand.
+    """
+    folder = model.parent
+    try:
+        if (folder / GENERATION).is_file():
+            GenerationConfig.from_pretrained(folder)
+        if (folder / GENAI).is_file():
+            _read_json(folder / GENAI)["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{GENERATION} or {GENAI} in {folder} cannot be used ({type(error).__name__}: {error}). Mend it, or take "
+            "it away: it is optional."
         ) from error
 
 

@@ -54,6 +54,11 @@ class ForeignDecoder:
                 f"{len(self.states)} layers that read the cache add to its residual stream, and its configuration says "
                 f"num_hidden_layers={self.facts.layers}. Layers that cannot be told apart cannot be looked back to."
             )
+        if self.contract.vocabulary != self.facts.vocabulary:
+            raise refuse(
+                f"it returns logits of {self.contract.vocabulary} tokens, and its configuration says vocab_size="
+                f"{self.facts.vocabulary}. Put the configuration of the model there that was exported."
+            )
 
     @property
     def group_query_attention(self) -> bool:
