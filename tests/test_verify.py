@@ -73,6 +73,19 @@ def test_a_model_that_differs_by_one_part_in_ten_thousand_fails(nudge: Any) -> N
     assert not export.verify(artifact("llama"), other).passed
 
 
+def test_the_overlays_measure_is_held_on_a_scale_of_its_own() -> None:
+    """A sum of squares over the vocabulary, in the thousands, of which float16 rounds off more than of an entropy."""
+    half, options = torch.float16, {"measure": "log_p_squared"}
+    report = export.verify(artifact("llama", dtype=half, **options), wrapped("llama", half, **options))
+    assert report.passed and report.entropy_nats > 10, report
+    model = copy.deepcopy(wrapped("llama", **options))
+    assert export.verify(artifact("llama", **options), model).passed
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0] *= 1.05  # type: ignore[union-attr, index]
+    report = export.verify(artifact("llama", **options), model)
+    assert not report.passed and report.entropy > report.allowed.entropy
+
+
 def test_a_context_shorter_than_the_texts_that_are_compared_is_kept(tmp_path: Path) -> None:
     model = cdsurgery.wrap(tiny_model("gpt2", num_hidden_layers=2, n_positions=16), lookback=1)
     report = export.verify(export.to_onnx(model, tmp_path / "short"), model)

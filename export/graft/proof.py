@@ -24,7 +24,7 @@ import torch
 from cdsurgery.entropy import MEASURES
 from cdsurgery.errors import ArtifactError, UnsupportedModelError
 from cdsurgery.export.artifact.manifest import Manifest
-from cdsurgery.export.parity.report import TOLERANCES
+from cdsurgery.export.parity.report import TOLERANCES, logit_scale, measure_scale
 from cdsurgery.export.signature import BATCH, PAST, TensorSpec
 from cdsurgery.trough import trough_depth
 
@@ -177,8 +177,8 @@ def _entropy_gap(manifest: Manifest, logits: np.ndarray[Any, Any], found: np.nda
     rows = min(logits.shape[1], found.shape[1])
     tensor = torch.from_numpy(logits[:, -rows:])
     truth = MEASURES[manifest.confident.measure](tensor)
-    scale = tensor.float().abs().amax(dim=-1).clamp(min=1)
-    return _finite((torch.from_numpy(found[:, -rows:]) - truth) / scale)
+    scale = measure_scale(manifest.confident.measure, truth[..., None], logit_scale(tensor), tensor.shape[-1])
+    return _finite((torch.from_numpy(found[:, -rows:]) - truth) / scale.squeeze(-1))
 
 
 def _relative(found: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:

@@ -106,11 +106,13 @@ class Report:
         truth: Sequence[Tensor],
         scale: Tensor | None = None,
         routing: Tensor | None = None,
+        entropy_scale: Tensor | None = None,
     ) -> None:
         """Count R rows in: logits `[R, V]`, final logits `[R, V]`, selected layers `[R]` and entropies `[R, M]`.
 
         A graph that scores has log-probabilities `[R, 1]` in place of logits, and needs the `scale` `[R, 1]` of the
         logits that they are made of. `routing` `[R]` is the row's closest call between experts, as in `RoutingMargins`.
+        Another measure than entropy needs its `measure_scale` `[R, M]`.
 
         Too close to call is a row whose scan compared two entropies that lie no farther apart than twice what the two
         runtimes differ by in this row: either layer is right. On all others the layers must be equal.
@@ -122,6 +124,7 @@ class Report:
             self.rerouted += int((~kept).sum())
             found, truth = [field[kept] for field in found], [field[kept] for field in truth]
             scale = scale[kept] if scale is not None else None
+            entropy_scale = entropy_scale[kept] if entropy_scale is not None else None
         logits, final_logits, layers, entropy = found
         true_logits, true_final_logits, true_layers, true_entropy = truth
         scale = _scale(truth, scale)
@@ -131,7 +134,9 @@ class Report:
         self.moved += int((layers < self.depth).sum())
         self.final_logits = max(self.final_logits, _relative(final_logits, true_final_logits, scale))
         self.logits = max(self.logits, _relative(logits[clear], true_logits[clear], scale[clear]))
-        self.entropy = max(self.entropy, _largest(nats / scale.clamp(min=1)))
+        self.entropy = max(
+            self.entropy, _largest(nats / (scale.clamp(min=1) if entropy_scale is None else entropy_scale))
+        )
         self.entropy_nats = max(self.entropy_nats, _largest(nats))
         self.layers += int((layers != true_layers)[clear].sum())
 
@@ -199,6 +204,25 @@ def scan_margin(entropy: Tensor) -> Tensor:
 def logit_scale(logits: Tensor) -> Tensor:
     """The largest magnitude in each row of logits `[..., V]`, `[..., 1]` float32."""
     return logits.float().abs().amax(dim=-1, keepdim=True)
+
+
+def measure_scale(measure: str, values: Tensor, scale: Tensor, vocabulary: int) -> Tensor:
+    """On what scale a measure is rounded: that of its logits, and how much it changes where they do.
+
+    An entropy changes by as much as they do, about; m = -sum (log p)^2 by 2 sum |log p| times that, which is at most
+    2 sqrt(V |m|) (Cauchy and Schwarz).
+
+    Args:
+        measure: its name.
+        values: `[..., M]`, what was measured.
+        scale: `[..., 1]`, the largest magnitude of the row's logits.
+        vocabulary: V.
+
+    Returns:
+        `[..., M]`, at least 1.
+    """
+    changes = torch.ones_like(values) if measure == "entropy" else 2 * (vocabulary * values.abs()).sqrt()
+    return (scale.clamp(min=1) * changes).clamp(min=1)
 
 
 def _scale(truth: Sequence[Tensor], scale: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from cdsurgery.export.parity.lending import plain_generation
 from cdsurgery.export.parity.noise import NoiseReport
-from cdsurgery.export.parity.report import Report, logit_scale, scan_margin
+from cdsurgery.export.parity.report import Report, logit_scale, measure_scale, scan_margin
 from cdsurgery.export.parity.routing import RoutingMargins
 
 
@@ -46,10 +46,12 @@ def compare_texts(
         with RoutingMargins(*before.shape) as routing:
             row = model(before, logits_to_keep=1)
         logits = row.logits[0, 0].float()
-        scale = logit_scale(row.final_logits)[0, 0].clamp(min=1)
+        scale = logit_scale(row.final_logits)[0, 0]
+        entropy_scale = measure_scale(model.confident.measure, row.entropy, scale, logits.numel())
+        scale = scale.clamp(min=1)
         parting = {
             "text": report.texts,
-            "layer_margin": float(scan_margin(row.entropy) / scale),
+            "layer_margin": float(scan_margin(row.entropy) / entropy_scale.min()),
             "token_margin": float((logits[their_text[step]] - logits[our_text[step]]).abs() / scale),
             "routing_margin": float(routing.margins.min()),
         }

@@ -27,7 +27,7 @@ from cdsurgery.export.graph.precision import computing_model
 from cdsurgery.export.parity.dequantization import borrowed_weights
 from cdsurgery.export.parity.lending import measuring_all
 from cdsurgery.export.parity.noise import NoiseReport, rounding_noise
-from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale
+from cdsurgery.export.parity.report import TOLERANCES, Report, logit_scale, measure_scale
 from cdsurgery.export.parity.routing import RoutingMargins
 from cdsurgery.export.parity.shapes import comparable_shapes, padded_mask, paddings, spans, takes
 from cdsurgery.export.parity.texts import compare_texts
@@ -179,7 +179,8 @@ def _compare_shape(
             # Eager attention makes NaN of rows beside padding in float64: they do not show how noisy the model is.
             known = theirs[1].isfinite().all(dim=-1)
             ours, theirs, scale, routing = _some(ours, known), _some(theirs, known), scale[known], routing[known]
-        report.add_rows(ours, theirs, scale, routing)
+        entropy_scale = measure_scale(truth.confident.measure, theirs[-1], scale, vocabulary)
+        report.add_rows(ours, theirs, scale, routing, entropy_scale)
         closest = closest[:, -1:]
 
 
