@@ -63,6 +63,11 @@ def test_artifacts_that_cannot_serve_text_are_refused_with_the_reason(servable: 
     (mute / "cdsurgery.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
         export.to_triton(mute, repository, name="a")
+    manifest = json.loads((servable / "cdsurgery.json").read_text())
+    manifest["signature"]["outputs"][0]["name"] = "scores"
+    (mute / "cdsurgery.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="names no output logits"):
+        export.to_triton(mute, repository, name="a")
     manifest["options"]["positions"] = "score"
     for spec, name in zip(manifest["signature"]["outputs"], ("logprobs", "final_logprobs"), strict=False):
         spec["name"] = name

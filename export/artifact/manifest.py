@@ -158,9 +158,7 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
     for name, file in manifest.files.items():
         if not (isinstance(file["sha256"], str) and isinstance(file["size"], int)):
             raise ValueError(f"of the file {name} it says {file}")
-    results = ("logprobs", "final_logprobs") if manifest.options.positions == "score" else ("logits", "final_logits")
-    named = {spec.name for spec in (*manifest.signature.inputs, *manifest.signature.outputs)}
-    if absent := {"input_ids", "attention_mask", *results, "selected_layer", "entropy"} - named:
+    if absent := {"input_ids", "attention_mask"} - {spec.name for spec in manifest.signature.inputs}:
         raise ValueError(f"its signature has no {', '.join(sorted(absent))}")
     return manifest
 

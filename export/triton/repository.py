@@ -113,6 +113,9 @@ def _check_servable(source: Path, manifest: Manifest, options: ServingOptions) -
             "This artifact was made with positions='score' and returns no logits to choose a token from. Export the "
             "model again with positions='last'."
         )
+    returned = {spec.name for spec in manifest.signature.outputs}
+    if absent := {"logits", "final_logits", "selected_layer", "entropy"} - returned:
+        raise ArtifactError(f"The manifest of {source} names no output {', '.join(sorted(absent))}. Export it again.")
     if "tokenizer.json" not in manifest.files:
         raise ArtifactError(
             f"{source} has no tokenizer.json, and a server of text needs one. Export the model again with tokenizer=."
