@@ -12,6 +12,7 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +25,14 @@ import cdsurgery.one_pass
 from benchmarks import machine
 from benchmarks.machine import Limits
 from benchmarks.models import decode_step, filled_cache, wrapped
-from benchmarks.parts import dola, sweep
+from benchmarks.parts import dola, step, sweep
 from benchmarks.parts.memory import Peak
 from benchmarks.picture import overhead_picture
 from benchmarks.report import Table
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import SHAPES
+from cdsurgery import timing
 from cdsurgery.timing import interleaved
 
 
@@ -180,6 +182,26 @@ def test_every_part_compares_with_the_unwrapped_model(small: Setting, monkeypatc
         assert table.rows[0][1] == 1.0
         assert all(isinstance(row[1], float) and row[1] > 0 for row in table.rows)
     assert benchmarks.__main__.PARTS["wrapping"](small, limits).rows[0][0] == "tiny"
+
+
+def test_what_a_prompt_takes_behind_the_last_layer_is_that_of_its_tail(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that every product with the unembedding moves on by a second, and all else by none."""
+    seconds = [0.0]
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        seconds[0] += float(weight.shape[0] == 500)
+        return linear(rows, weight, bias)
+
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    for place in (step, timing):
+        monkeypatch.setattr(place, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    table = step.prefills(small, Limits(1e9, 1e9))
+    behind = {row[0]: row[-1] for row in table.rows}
+    assert table.columns[-1] == "more behind the last layer"
+    assert (behind["unwrapped"], behind["full"], behind["published"]) == (0, 1, 1)  # of a prompt of one second
 
 
 @pytest.mark.thorough

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from benchmarks.roofline import Roofline
 from benchmarks.schedule import scheduled
 from benchmarks.setting import Setting
 from benchmarks.shapes import random_model
-from cdsurgery.timing import interleaved
+from cdsurgery.timing import finish, interleaved
 
 
 def decode_steps(setting: Setting, limits: Limits) -> Table:
@@ -40,16 +42,38 @@ def _decode_steps(plain: Any, models: dict[str, Any], setting: Setting, limits: 
 
 
 def prefills(setting: Setting, limits: Limits) -> Table:
-    """A prompt of `context` tokens a row into an empty cache, of which the last one's logits are wanted."""
+    """A prompt of `context` tokens a row into an empty cache, of which the last one's logits are wanted.
+
+    A machine that others share is not the same for two prompts. So it is also said how much longer the forward takes
+    behind its last layer, where all that is added happens but for K slices of a row, in parts of the unwrapped prompt.
+    """
+    plain = random_model(setting.shape, setting.torch_dtype)
+    steps = Roofline(plain, limits).steps(setting.batch, 0, setting.lookback, setting.rate, tokens=setting.context)
+    models = wrapped_ways(plain, setting.lookback)
+    last, behind = models["full"].anatomy.layers[-1], {id(model): [] for model in models.values()}
 
     def prefill(model: Any) -> Callable[[], object]:
         ids = torch.zeros(setting.batch, setting.context, dtype=torch.int64, device=model.device)
-        return lambda: model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+        ends: list[float] = []
+        model.get_submodule(last).register_forward_hook(lambda *_: ends.append(_now()))
 
-    plain = random_model(setting.shape, setting.torch_dtype)
-    steps = Roofline(plain, limits).steps(setting.batch, 0, setting.lookback, setting.rate, tokens=setting.context)
-    timings = _in_turns(wrapped_ways(plain, setting.lookback), setting, prefill)
-    return compared(timings, steps | {"published": steps["full"]})
+        def run() -> None:
+            model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+            behind[id(model)].append(_now() - ends.pop())
+
+        return run
+
+    timings = _in_turns(models, setting, prefill)
+    table = compared(timings, steps | {"published": steps["full"]})
+    tails = [statistics.median(behind[id(model)][1:]) for model in models.values()]
+    added = [(tail - tails[0]) / (timings[0].milliseconds / 1e3) for tail in tails]
+    rows = [(*row, share) for row, share in zip(table.rows, added, strict=True)]
+    return Table((*table.columns, "more behind the last layer"), rows)
+
+
+def _now() -> float:
+    finish()
+    return time.perf_counter()
 
 
 def _in_turns(models: dict[str, Any], setting: Setting, work: Callable[[Any], Callable[[], object]]) -> Any:
