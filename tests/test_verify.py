@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import cdsurgery
 from cdsurgery import InvalidInputError, export
 from cdsurgery.export.parity.lending import plain_generation
-from cdsurgery.export.parity.report import TOLERANCES, Report, scan_margin
+from cdsurgery.export.parity.report import TOLERANCES, Report, measure_scale, scan_margin
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,21 @@ def test_entropies_are_held_on_the_scale_of_the_logits_they_are_made_of() -> Non
         assert report.entropy_nats == pytest.approx(1e-4, rel=0.01)
 
 
+def test_the_scale_of_a_measure_is_how_much_it_changes_with_its_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(64, 300, generator=generator, dtype=torch.float64)
+    step = 1e-4 * torch.empty_like(logits).uniform_(-1, 1, generator=generator)
+    log_p, other = logits.log_softmax(dim=-1), (logits + step).log_softmax(dim=-1)
+    values = -log_p.square().sum(dim=-1, keepdim=True)
+    changes = (-other.square().sum(dim=-1, keepdim=True) - values).abs() / 1e-4  # where logits are of scale 1
+    scale = measure_scale("log_p_squared", values, torch.ones(64, 1), 300)
+    assert (changes <= scale).all()
+    assert changes.max() > scale.max() / 50, "far wider than what can happen"
+    entropies, largest = torch.tensor([[1e-3, 2.0], [3.0, 0.5]]), torch.tensor([[0.25], [20.0]])
+    expected = torch.tensor([[1.0, 1.0], [20.0, 20.0]])
+    assert torch.equal(measure_scale("entropy", entropies, largest, 300), expected)
+
+
 def test_a_difference_of_tokens_passes_only_with_a_margin_that_explains_it() -> None:
     names = ("layer_margin", "token_margin", "routing_margin")
     for margins, passes in (
@@ -214,7 +230,8 @@ def test_a_difference_of_tokens_passes_only_with_a_margin_that_explains_it() -> 
         report.add_text(5, dict(zip(names, margins, strict=True), text=1))
         assert report.passed is passes
         assert (report.tokens, report.tokens_equal) == (6, 5)
-        assert "parts at token 5" in str(report)
+        verdict = "explained" if passes else "NOT explained"
+        assert re.search(rf"parts at token 5: .*: {verdict}$", str(report), re.MULTILINE)
 
 
 def test_nothing_compared_and_nan_everywhere_do_not_pass() -> None:
