@@ -11,7 +11,7 @@ import pytest
 import torch
 from artifacts import artifact, wrapped
 from engines import engine, needs_rtx
-from fake_tensorrt import FakeTensorRT, Graph, install
+from fake_tensorrt import Context, FakeTensorRT, Graph, install
 from families import token_ids
 
 from cdsurgery import ArtifactError, InvalidInputError, export
@@ -200,6 +200,13 @@ def test_what_tensorrt_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
             patch.setattr(prefill, name, lambda *_: False, raising=False)
             with pytest.raises(ArtifactError, match=message):
                 runner(token_ids(1, 3))
+
+
+def test_a_context_that_takes_no_profile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    monkeypatch.setattr(Context, "set_optimization_profile_async", lambda *_: False)
+    with pytest.raises(ArtifactError, match="cannot be made ready to run"):
+        export.load(engine("llama"))
 
 
 def test_a_runtime_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,16 @@ def test_a_prompt_of_many_bytes_does_not_spoil_the_first_character() -> None:
     assert Detokenizer(decode, ids[1:] * 2).push(ids[0]) == ""  # what begins nowhere has no beginning to look for
 
 
+def test_a_space_that_only_a_token_before_it_brings_out_is_there() -> None:
+    """Of tokens that begin with a space, as those of Llama 2, the decoder drops the one that a text begins with."""
+    words = ["\u2581" + word for word in ("one", "two", "three", "four", "five", "six", "seven")]
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[0]))
+    inner.decoder = decoders.Metaspace()
+    for length in range(1, 7):
+        detokenizer = Detokenizer(lambda some: str(inner.decode(list(some))), list(range(length)))
+        assert detokenizer.push(length) == f" {words[length][1:]}"
+
+
 def test_an_answer_that_ends_within_a_character_says_so(tokenizer: Any) -> None:
     ids = tokenizer("a\U0001f600").input_ids[:-1]
     detokenizer = Detokenizer(tokenizer.decode, [5])

@@ -41,6 +41,7 @@ def test_a_model_that_is_unloaded_tells_who_waits_and_who_runs(tmp_path: Path) -
     for reply in (runs, prefills, waits):
         assert str(reply.error) == "The model was unloaded before the answer ended."
     assert scheduler.counts.failed == 3
+    assert not scheduler.step(), "somebody who was told that it is over is still waiting"
 
 
 def test_a_runtime_that_fails_ends_the_requests_in_slots_and_no_more(tmp_path: Path) -> None:

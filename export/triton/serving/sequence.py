@@ -91,8 +91,8 @@ class Sequence:
         piece, stopped = self._stop_words.push(self._detokenizer.push(choice.token))
         done = stopped or choice.token in self._end_tokens or self._count >= self.request.max_tokens
         if done and not stopped:
-            rest, stopped = self._stop_words.push(self._detokenizer.flush())
-            piece += rest if stopped else rest + self._stop_words.flush()
+            rest, _ = self._stop_words.push(self._detokenizer.flush())
+            piece += rest + self._stop_words.flush()
         self._text += piece
         self._due = done or (self.request.stream and bool(piece))
         return done
