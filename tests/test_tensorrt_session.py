@@ -74,6 +74,28 @@ def test_a_graph_takes_the_place_of_the_oldest(monkeypatch: pytest.MonkeyPatch) 
     assert list(runner.session._steps._graphs) == [(1, 8), (1, 9), (1, 10)]
 
 
+def test_steps_that_follow_each_other_copy_nothing_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    runner = export.load(engine("llama"), cuda_graphs=True)
+    bound, copy_, counts = steps.DecodeSteps.bound, torch.Tensor.copy_, []
+
+    def noted(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        counts[-1] += tensor.ndim == 4  # keys and values
+        return copy_(tensor, source)
+
+    def watched(*arguments: Any) -> Any:
+        counts.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", noted)
+            return bound(*arguments)
+
+    monkeypatch.setattr(steps.DecodeSteps, "bound", watched)
+    past = runner(token_ids(1, 3)).past_key_values
+    for _ in range(3):
+        past = runner(token_ids(1, 1), past_key_values=past).past_key_values
+    assert counts == [len(runner.manifest.signature.past), 0, 0]  # the first step takes the prompt's over
+
+
 def test_a_cache_that_another_text_has_overwritten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch)
     runner = export.load(engine("llama"), cuda_graphs=True)
