@@ -70,6 +70,11 @@ def a_cache_by_other_names(graph: Any) -> None:
         node.input[:] = [past.name if name == "past_key_values.0.key" else name for name in node.input]
 
 
+def a_cache_in_8_bits(graph: Any) -> None:
+    (past,) = [value for value in graph.input if value.name == "past_key_values.0.key"]
+    past.type.tensor_type.elem_type = TensorProto.INT8
+
+
 def weights_from_tokens(graph: Any) -> None:
     """A head whose weights depend on the input: what it multiplies with is no constant."""
     (head,) = [node for node in graph.node if "logits" in node.output]
@@ -110,6 +115,7 @@ STRANGERS = {
     "no mask": (without_mask, "no input named 'attention_mask'.*input_ids, mask"),
     "a cache that does not close": (one_cache_output_less, "one numbered output for each input"),
     "a cache by other names": (a_cache_by_other_names, r"whose name ends in a layer's number and key or value"),
+    "a cache in 8 bits": (a_cache_in_8_bits, r"past_key_values\.0\.key.* is of type INT8; an artifact can be float32"),
     "softmax": (
         insert_before_head("Softmax", axis=1),
         r"Softmax \('stranger'\), and it is not known to treat every row",
