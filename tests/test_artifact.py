@@ -210,6 +210,7 @@ def test_a_newer_schema_a_broken_and_a_missing_manifest_are_refused(copy: Path, 
     ("place", "value", "message"),
     [
         (("dtype",), "float99", "is not a manifest .*its dtype is 'float99'"),
+        (("not_for",), ["genai"], "is not a manifest .*its not_for is \\['genai'\\]"),
         (("files", "config.json"), {"size": 1}, "is not a manifest .*sha256"),
         (("files", "config.json", "size"), "1", "is not a manifest .*of the file config.json it says"),
         (("signature", "inputs", 0, "dtype"), None, "is not a manifest .*is no input or output"),

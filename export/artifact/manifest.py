@@ -153,8 +153,8 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
         "options": GraphOptions(**fields["options"]),
     }
     manifest = Manifest(**(fields | parsed))
-    if not _is_dtype(manifest.dtype):
-        raise ValueError(f"its dtype is {manifest.dtype!r}")
+    if not (_is_dtype(manifest.dtype) and isinstance(manifest.not_for, dict)):
+        raise ValueError(f"its dtype is {manifest.dtype!r} and its not_for is {manifest.not_for!r}")
     for name, file in manifest.files.items():
         if not (isinstance(file["sha256"], str) and isinstance(file["size"], int)):
             raise ValueError(f"of the file {name} it says {file}")
