@@ -49,6 +49,11 @@ class Signature:
         return tuple(spec for spec in self.inputs if spec.name in TOKEN_INPUTS)
 
     @property
+    def counts_positions(self) -> bool:
+        """Whether the graph counts its positions itself, from the cache's length on."""
+        return all(spec.name != "position_ids" for spec in self.inputs)
+
+    @property
     def past(self) -> tuple[TensorSpec, ...]:
         """The inputs that hold the cache, layer by layer."""
         return tuple(spec for spec in self.inputs if spec.name not in TOKEN_INPUTS)

@@ -131,6 +131,11 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def ones(batch: int, length: int) -> Tensor:
+    """A mask `[batch, length]` of tokens alone."""
+    return torch.ones(batch, length, dtype=torch.int64)
+
+
 def _by_transformers(model_name: str) -> Path:
     """transformers' own exporter, on the spot; heads of keys and values are two, as one would become a fixed axis."""
     model: Any = tiny_model(model_name)

@@ -50,22 +50,25 @@ def prefills(setting: Setting, limits: Limits) -> Table:
     plain = random_model(setting.shape, setting.torch_dtype)
     steps = Roofline(plain, limits).steps(setting.batch, 0, setting.lookback, setting.rate, tokens=setting.context)
     models = wrapped_ways(plain, setting.lookback)
-    last, behind = models["full"].anatomy.layers[-1], {id(model): [] for model in models.values()}
+    last = models["full"].anatomy.layers[-1]
+    behind: list[list[float]] = []  # of each model, of all its runs
 
     def prefill(model: Any) -> Callable[[], object]:
         ids = torch.zeros(setting.batch, setting.context, dtype=torch.int64, device=model.device)
         ends: list[float] = []
+        own: list[float] = []
+        behind.append(own)
         model.get_submodule(last).register_forward_hook(lambda *_: ends.append(_now()))
 
         def run() -> None:
             model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
-            behind[id(model)].append(_now() - ends.pop())
+            own.append(_now() - ends.pop())
 
         return run
 
     timings = _in_turns(models, setting, prefill)
     table = compared(timings, steps | {"published": steps["full"]})
-    tails = [statistics.median(behind[id(model)][1:]) for model in models.values()]
+    tails = [statistics.median(seconds[1:]) for seconds in behind]  # but of the run that is not counted
     added = [(tail - tails[0]) / (timings[0].milliseconds / 1e3) for tail in tails]
     rows = [(*row, share) for row, share in zip(table.rows, added, strict=True)]
     return Table((*table.columns, "more behind the last layer"), rows)

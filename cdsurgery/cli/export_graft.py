@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cdsurgery.cli.export_onnx import check_free, file_sizes, file_table
+from cdsurgery.cli.export_onnx import check_free, file_sizes, file_table, say_not_for
 from cdsurgery.cli.model import import_export, silence_transformers
 from cdsurgery.cli.screen import Screen
 from cdsurgery.cli.wrapping import NAMES, add_wrapping_arguments, wrapping_config
@@ -55,6 +55,5 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
         f"{made.layers} layers found, lookback {lookback}. Final logits are the file's own, bit for bit, in "
         f"{proof['steps_bitwise']} of {proof['steps']} steps; largest difference {proof['final_logits']:.1e} relative.",
     )
-    for client, reason in made.not_for.items():
-        screen.err.print(f"Not for {client}: {reason}", markup=False)
+    say_not_for(made.not_for, screen)
     return True

@@ -94,8 +94,7 @@ def run(options: argparse.Namespace, screen: Screen) -> bool:
     not_for = read_manifest(folder).not_for
     document = {"artifact": str(folder), "positions": options.positions, "files": sizes, "not_for": not_for}
     screen.result(document, file_table(sizes))
-    for client, reason in not_for.items():
-        screen.err.print(f"Not for {client}: {reason}", markup=False)
+    say_not_for(not_for, screen)
     if not options.no_parity:  # where it cannot run, it cannot be checked
         check = shlex.join(["cdsurgery", "verify", options.folder, "--against", options.model])
         screen.err.print(f"Check it: {check}", style="dim", markup=False)
@@ -106,6 +105,12 @@ def check_free(folder: str) -> None:
     """Refuse a folder that exists before a large model is loaded for it, though the export would refuse it too."""
     if Path(folder).exists():
         raise InvalidInputError(f"{folder} exists already. Give a folder that does not exist; nothing is overwritten.")
+
+
+def say_not_for(not_for: dict[str, str], screen: Screen) -> None:
+    """Print which clients cannot run an artifact, and why."""
+    for client, reason in not_for.items():
+        screen.err.print(f"Not for {client}: {reason}", markup=False)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

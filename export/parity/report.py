@@ -128,15 +128,14 @@ class Report:
         logits, final_logits, layers, entropy = found
         true_logits, true_final_logits, true_layers, true_entropy = truth
         scale = _scale(truth, scale)
+        entropy_scale = scale.clamp(min=1) if entropy_scale is None else entropy_scale
         nats = (entropy - true_entropy).abs()
         clear = scan_margin(true_entropy) > 2 * nats.amax(dim=-1)
         self.excluded += int((~clear).sum())
         self.moved += int((layers < self.depth).sum())
         self.final_logits = max(self.final_logits, _relative(final_logits, true_final_logits, scale))
         self.logits = max(self.logits, _relative(logits[clear], true_logits[clear], scale[clear]))
-        self.entropy = max(
-            self.entropy, _largest(nats / (scale.clamp(min=1) if entropy_scale is None else entropy_scale))
-        )
+        self.entropy = max(self.entropy, _largest(nats / entropy_scale))
         self.entropy_nats = max(self.entropy_nats, _largest(nats))
         self.layers += int((layers != true_layers)[clear].sum())
 

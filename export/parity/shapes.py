@@ -59,11 +59,9 @@ def takes(runner: Runner, batch: int, chunks: Sequence[int]) -> bool:
 
 def paddings(runner: Runner) -> tuple[str, ...]:
     """On which sides of a prompt that goes on the artifact takes padding, as `runtime.inputs` checks."""
-    made = runner.manifest
-    if made.group_query_attention:
+    if runner.manifest.group_query_attention:
         return ("none", "right")
-    counts = all(spec.name != "position_ids" for spec in made.signature.tokens)
-    return ("none", "left") if counts else PADDINGS
+    return ("none", "left") if runner.manifest.signature.counts_positions else PADDINGS
 
 
 def spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:

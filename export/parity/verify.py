@@ -66,12 +66,12 @@ def verify(
     """
     runner, model = artifact if isinstance(artifact, Runner) else load(artifact), adapted_model(model)
     _check_options(runner, model)
-    shapes = comparable_shapes(runner)
+    shapes, sides = comparable_shapes(runner), paddings(runner)
     truth: Any = computing_model(model, runner.manifest.options)
     borrowing = borrowed_weights(runner.folder, truth) if isinstance(runner, OnnxRunner) else nullcontext(())
     with at_rest(truth), measuring_all(truth), borrowing as borrowed:
         report = _report(runner, truth, borrowed)
-        _compare_rows(report, runner, truth, shapes, paddings(runner))
+        _compare_rows(report, runner, truth, shapes, sides)
         if runner.manifest.options.positions != "score":
             generator = torch.Generator().manual_seed(0)
             vocabulary = truth.config.get_text_config().vocab_size
@@ -80,13 +80,13 @@ def verify(
                 for length in (1, 2, 3, 5, 8, 13)
                 if takes(runner, 1, [length, *[1] * (new_tokens - 1)])
             ]
-            at_once = TEXTS_AT_ONCE if "left" in paddings(runner) else 1  # texts of a batch are padded there
+            at_once = TEXTS_AT_ONCE if "left" in sides else 1  # texts of a batch are padded there
             rows = max(count for count in range(1, at_once + 1) if takes(runner, count, [1]) or count == 1)
             for first in range(0, len(prompts), rows):
                 compare_texts(report, runner, truth, prompts[first : first + rows], new_tokens)
         if isinstance(report, Report) and not report.close:
             report.noise = Report(report.tolerance, report.depth)
-            _compare_rows(report.noise, truth, _wider(truth), shapes, paddings(runner))
+            _compare_rows(report.noise, truth, _wider(truth), shapes, sides)
     return report
 
 

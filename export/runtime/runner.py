@@ -178,7 +178,7 @@ class Runner(RunnerGeneration):
         given |= check_targets(self.config, self.manifest.options.positions, targets, input_ids)
         if self.manifest.group_query_attention:
             check_group_query(given["attention_mask"], cached)
-        elif all(spec.name != "position_ids" for spec in signature.tokens):
+        elif signature.counts_positions:
             check_counted(given["attention_mask"], position_ids, cached)
         # A grafted graph may count its positions itself, and take integers of 32 bits.
         feed = {spec.name: given[spec.name].to(torch_dtype(spec)) for spec in signature.tokens}

@@ -143,8 +143,9 @@ def _check_signature(path: Path, session: onnxruntime.InferenceSession, signatur
 
 def _may_be(shape: Sequence[Any], axes: Sequence[str | int]) -> bool:
     """Whether a graph's shape, whose open axes are names or None, can be that of a signature."""
-    known = {index: size for index, size in enumerate(shape) if isinstance(size, int)}
-    return len(shape) == len(axes) and all(axes[index] == size for index, size in known.items())
+    if len(shape) != len(axes):
+        return False
+    return all(size == axis for size, axis in zip(shape, axes, strict=True) if isinstance(size, int))
 
 
 def _checked(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
